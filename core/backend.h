@@ -1,0 +1,69 @@
+// A backend is one implementation of every operator family, plus the memory it computes in. The model sees
+// only this.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <string>
+
+#include "core/operators/attention.h"
+#include "core/operators/experts.h"
+#include "core/operators/loss.h"
+#include "core/operators/norms.h"
+#include "core/operators/optimizer.h"
+#include "core/operators/products.h"
+
+namespace hybridmoe {
+
+class Backend : public Products,
+                public Norms,
+                public Attention,
+                public Experts,
+                public Loss,
+                public Optimizer {
+ public:
+  ~Backend() override = default;
+
+  virtual std::string name() const = 0;  // "cpu (oneDNN 2.6.3, avx2, 1 thread)"
+  virtual Device device() const = 0;
+  virtual DType compute_type() const = 0;  // C of core/operators/common.h
+  DType statistics_type() const { return compute_type() == DType::F64 ? DType::F64 : DType::F32; }
+
+  // Memory for an arena: zeroed, aligned to 64 bytes. CPU backends reserve addresses and let the system fill
+  // pages on first use. Throws Error naming the size when it cannot be had. Freed by release.
+  virtual void* allocate(std::size_t bytes);
+  virtual void release(void* memory, std::size_t bytes) noexcept;
+
+  // Null on CPU backends.
+  virtual Stream* main_stream() { return nullptr; }
+  virtual void synchronize(Stream*) {}
+
+  // Called between tiles of long operators, so that nonblocking communication makes progress; may be null.
+  void set_progress_hook(void (*hook)(void*), void* argument) {
+    progress_hook_ = hook;
+    progress_argument_ = argument;
+  }
+
+ protected:
+  void progress() const {
+    if (progress_hook_ != nullptr) progress_hook_(progress_argument_);
+  }
+
+ private:
+  void (*progress_hook_)(void*) = nullptr;
+  void* progress_argument_ = nullptr;
+};
+
+// Plain loops in double precision (core/reference/): the oracle.
+std::unique_ptr<Backend> make_reference_backend();
+
+struct CpuBackendOptions {
+  DType compute_type = DType::F32;  // F32 or BF16
+  int threads = 1;                  // of OpenMP, for every operator
+};
+// oneDNN and OpenMP (core/cpu/). BF16 uses native products where cpu_multiplies_bf16(), else converts
+// operands to fp32.
+std::unique_ptr<Backend> make_cpu_backend(const CpuBackendOptions& options);
+bool cpu_multiplies_bf16();
+
+}  // namespace hybridmoe
