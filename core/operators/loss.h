@@ -33,7 +33,7 @@ struct HeadPartial {
       0;                // rows of the whole table that are real: row first_row + j counts when < valid_rows
   Tensor logits;        // [c, Vl] S =; columns of padding rows are -inf
   Tensor max;           // [c] S =
-  Tensor sumexp;        // [c] S =, Σ exp(logit - max)
+  Tensor sumexp;        // [c] S =, Σ exp(logit - max); 0 where every row is padding
   Tensor target_logit;  // [c] S =, 0 where another rank holds the target
 };
 // sumexp *= exp(max - global_max): to a common maximum before the sum over ranks.
@@ -52,11 +52,11 @@ struct HeadFinish {
   Tensor max, sumexp, target_logit;  // [c] S, over all ranks
   double scale = 1;                  // 1 / N_valid
   Tensor token_loss = {};            // [c] S =, optional: each token's cross-entropy, 0 where masked
-  Tensor sums;                       // [kHeadSums] F64 +=: Σ CE, unmasked targets, Σ log-sum-exp
-  Tensor logit_max = {};             // [1] F64, max=, optional
-  Tensor dlogits = {};  // [c, Vl] C, workspace; needed when C differs from S and a gradient is wanted
-  Tensor dh = {};       // [c, d] C =, optional
-  Tensor dweight = {};  // [Vl, d] S +=, optional
+  Tensor sums;            // [kHeadSums] F64 +=, over unmasked targets: Σ CE, their number, Σ log-sum-exp
+  Tensor logit_max = {};  // [1] F64, max=, optional: largest of `max` over unmasked targets
+  Tensor dlogits = {};    // [c, Vl] C, workspace; needed when C differs from S and a gradient is wanted
+  Tensor dh = {};         // [c, d] C =, optional
+  Tensor dweight = {};    // [Vl, d] S +=, optional
 };
 
 class Loss {

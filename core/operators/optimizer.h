@@ -57,7 +57,7 @@ struct AdamW {
   const std::vector<Segment>* segments = nullptr;  // which elements, and whether they decay
   Tensor scalars;                                  // [kStepScalars] F64
   double beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1;
-  Tensor table = {};  // [rows, 2] F64 +=, optional: Σ (weight after the update)², Σ update²
+  Tensor table = {};  // [rows, 2] F64 +=, optional: Σ (master after the update)², Σ update²
 };
 
 class Optimizer {
