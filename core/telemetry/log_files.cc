@@ -1,0 +1,53 @@
+#include "core/telemetry/log_files.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <filesystem>
+#include <tuple>
+
+#include "core/error.h"
+
+namespace hybridmoe {
+namespace {
+
+constexpr const char* kExtension = ".tfrecord";
+
+std::string segment_name(int attempt, int segment) {
+  char name[64];
+  std::snprintf(name, sizeof name, "attempt-%03d-segment-%03d", attempt, segment);
+  return name;
+}
+
+}  // namespace
+
+std::string telemetry_directory(const std::string& run_dir) { return run_dir + "/telemetry"; }
+
+std::string log_segment_path(const std::string& directory, int attempt, int segment) {
+  return directory + "/" + segment_name(attempt, segment) + kExtension;
+}
+
+std::string log_index_path(const std::string& segment_path) {
+  return std::filesystem::path(segment_path).replace_extension(".index");
+}
+
+std::vector<LogSegment> list_log_segments(const std::string& directory) {
+  std::vector<LogSegment> segments;
+  std::error_code error;
+  if (!std::filesystem::exists(directory, error)) return segments;
+  std::filesystem::directory_iterator entries(directory, error);
+  require(!error, directory, ": cannot list the directory: ", error.message());
+  for (const auto& entry : entries) {
+    LogSegment found;
+    const std::string name = entry.path().filename();
+    if (std::sscanf(name.c_str(), "attempt-%d-segment-%d", &found.attempt, &found.segment) != 2) continue;
+    if (name != segment_name(found.attempt, found.segment) + kExtension) continue;
+    found.path = entry.path();
+    segments.push_back(found);
+  }
+  std::sort(segments.begin(), segments.end(), [](const LogSegment& a, const LogSegment& b) {
+    return std::tie(a.attempt, a.segment) < std::tie(b.attempt, b.segment);
+  });
+  return segments;
+}
+
+}  // namespace hybridmoe

@@ -1,0 +1,26 @@
+// The names of a run's log files: RUN/telemetry/attempt-000-segment-000.tfrecord and beside each finished one
+// its index, attempt-000-segment-000.index.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace hybridmoe {
+
+inline constexpr int kLogFormatVersion = 1;
+
+struct LogSegment {
+  int attempt = 0;
+  int segment = 0;
+  std::string path;
+};
+
+std::string telemetry_directory(const std::string& run_dir);
+std::string log_segment_path(const std::string& directory, int attempt, int segment);
+// Of a segment: its run header, its events and its segment end, without the steps.
+std::string log_index_path(const std::string& segment_path);
+// The segments in a directory by attempt and segment; none when there is no such directory. Other files are
+// ignored.
+std::vector<LogSegment> list_log_segments(const std::string& directory);
+
+}  // namespace hybridmoe

@@ -1,0 +1,95 @@
+// The metrics of a run: each has a name, a unit, axes and a place in every step record. A table is built
+// once, before the first step, and written into the run header; a step record is filled through it.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "core/tensor_kind.h"
+#include "proto/telemetry.pb.h"
+
+namespace hybridmoe {
+
+// A metric's place in a step record. Made by MetricTable, cheap to copy.
+struct Metric {
+  MetricDefinition::Storage storage = MetricDefinition::SCALAR;
+  int column = 0;
+  int size = 1;  // product of the axes' lengths; 1 for scalars
+};
+
+class MetricTable {
+ public:
+  using Reduction = MetricDefinition::Reduction;
+
+  // A dimension of dense metrics; the index is passed to value() and count().
+  int axis(const std::string& name, std::vector<MetricAxis::Entry> entries);
+  // Throw Error when the name is taken.
+  Metric scalar(const std::string& name, const std::string& unit, Reduction, const std::string& definition);
+  Metric value(const std::string& name, const std::string& unit, Reduction, const std::vector<int>& axes,
+               const std::string& definition);
+  Metric count(const std::string& name, const std::string& unit, Reduction, const std::vector<int>& axes,
+               const std::string& definition);
+
+  // Replaces the definitions of the header.
+  void define(RunHeader* header) const;
+  // A record with every scalar NaN and every dense element 0.
+  StepRecord make_step(std::int64_t step) const;
+
+ private:
+  Metric add(const std::string& name, const std::string& unit, Reduction, MetricDefinition::Storage,
+             const std::vector<int>& axes, const std::string& definition);
+
+  RunHeader definitions_;       // its axes and metrics only
+  int columns_[3] = {0, 0, 0};  // used, by storage
+};
+
+// Access to a metric within a record made by the same table's make_step. Writing past the metric is the
+// caller's mistake.
+inline void set_metric(StepRecord* record, const Metric& metric, double value) {
+  record->set_scalar(metric.column, value);
+}
+inline std::span<float> metric_values(StepRecord* record, const Metric& metric) {
+  return {record->mutable_value()->mutable_data() + metric.column, static_cast<std::size_t>(metric.size)};
+}
+inline std::span<std::uint64_t> metric_counts(StepRecord* record, const Metric& metric) {
+  return {record->mutable_count()->mutable_data() + metric.column, static_cast<std::size_t>(metric.size)};
+}
+
+// A row of the gradient table: all tensors of one kind in one layer (layer -1: of the model).
+struct GradientRow {
+  int layer = -1;
+  TensorKind kind = TensorKind::Embedding;
+};
+
+// What the model looks like to the metrics.
+struct ModelRows {
+  int layers = 0;
+  std::vector<int> moe_layers;        // ascending
+  int experts = 0;                    // of every MoE layer
+  std::vector<GradientRow> gradient;  // in the order of the optimizer's gradient table
+};
+
+// The metrics that every training step records.
+struct TrainingMetrics {
+  explicit TrainingMetrics(const ModelRows& rows);
+
+  MetricTable table;
+
+  // Scalars.
+  Metric loss, cross_entropy, balance_loss, z_loss;  // nat/token; loss is the sum of the other three
+  Metric learning_rate, grad_norm, clip_factor, skipped;
+  Metric tokens, samples_begin, samples_end;
+  Metric step_seconds, data_seconds, forward_seconds, backward_seconds, communication_seconds,
+      optimizer_seconds;
+  Metric tokens_per_second, share_of_limit;
+
+  // Dense.
+  Metric layer_grad_norm;  // [gradient rows] values: the square roots of the gradient table's sums
+  Metric nonfinite;        // [gradient rows] counts
+  Metric expert_load;      // [MoE layers, experts] counts
+  Metric router_entropy, router_lse_square;  // [MoE layers] values
+};
+
+}  // namespace hybridmoe
