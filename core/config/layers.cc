@@ -117,6 +117,8 @@ void complete(Config* config, std::int32_t data_vocabulary) {
   complete(config->mutable_model(), data_vocabulary);
   BatchConfig* batch = config->mutable_batch();
   if (batch->micro_batch_sequences() == 0) batch->set_micro_batch_sequences(batch->sequences());
+  ScheduleConfig* schedule = config->mutable_schedule();
+  if (schedule->total_steps() == 0) schedule->set_total_steps(config->steps());
   DataConfig* data = config->mutable_data();
   if (data->held_out_block_tokens() == 0) {
     data->set_held_out_block_tokens(std::int64_t{16} * config->model().sequence_length());

@@ -40,7 +40,7 @@ std::int32_t padded_vocabulary_of(std::int32_t vocabulary);
 // tokenizer, 0 when there is no data (then model.vocabulary must be set). Changes nothing the second time.
 // Throws Error when the data has more ids than the model.
 void complete(ModelConfig* model, std::int32_t data_vocabulary);
-// The model, and the micro-batch and held-out block sizes.
+// The model, the micro-batch and held-out block sizes and the length of the schedule.
 void complete(Config* config, std::int32_t data_vocabulary);
 
 struct ParameterCount {

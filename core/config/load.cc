@@ -1,47 +1,67 @@
 #include "core/config/load.h"
 
+#include <algorithm>
 #include <fstream>
 #include <google/protobuf/text_format.h>
-#include <sstream>
+#include <iterator>
 
 #include "core/config/overrides.h"
 #include "core/config/text_parser.h"
+#include "core/config/validate.h"
 #include "core/error.h"
 
 namespace hybridmoe {
 namespace {
 
-Config parse(const std::string& text, const std::string& name, const std::vector<std::string>& overrides) {
+// Whether a mistake of the text concerns this field, one inside it, or one around it: then the field's value
+// is not what was meant, and rules about it would only repeat the mistake.
+bool concerns(const Violation& mistake, const std::string& field) {
+  const std::string &a = mistake.field, &b = field;
+  const std::size_t common = std::min(a.size(), b.size());
+  if (common == 0 || a.compare(0, common, b, 0, common) != 0) return false;
+  const std::string& longer = a.size() > b.size() ? a : b;
+  return longer.size() == common || longer[common] == '.' || longer[common] == '[';
+}
+
+Config parse(const std::string& text, const std::string& name, const std::vector<std::string>& overrides,
+             bool needs_data) {
   Config config;
   ParseReport report;
   TextParser parser(
       text, [&](int line, int column) { return cat(name, ":", line, ":", column); }, &report);
   parser.parse_message(&config, "");
   for (const std::string& each : overrides) apply_override(&config, each, &report);
-  if (!report.mistakes.empty()) throw Error(to_string(report.mistakes, name));
+
+  std::vector<Violation> all = report.mistakes;
+  for (Violation violation : validate(config, 0, needs_data)) {
+    const auto meant = [&](const Violation& mistake) { return concerns(mistake, violation.field); };
+    if (std::any_of(report.mistakes.begin(), report.mistakes.end(), meant)) continue;
+    const auto place = report.places.find(violation.field);
+    if (place != report.places.end()) violation.place = place->second;
+    all.push_back(violation);
+  }
+  if (!all.empty()) throw Error(to_string(all, name));
   return config;
 }
 
 std::string read_text(const std::string& path) {
   std::ifstream file(path);
-  std::ostringstream text;
-  if (!file || !(text << file.rdbuf())) {
-    throw Error(cat(path,
-                    ": the configuration cannot be read; expected a file in protobuf text format, such as "
-                    "those in configs/"));
-  }
-  return text.str();
+  const std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+  require(file.is_open() && !file.bad(), path,
+          ": the configuration cannot be read; expected a file in protobuf text ",
+          "format, such as those in configs/");
+  return text;
 }
 
 }  // namespace
 
 Config load_config(const std::string& path, const std::vector<std::string>& overrides) {
-  return parse(read_text(path), path, overrides);
+  return parse(read_text(path), path, overrides, true);
 }
 
 Config parse_config_text(const std::string& text, const std::string& name,
                          const std::vector<std::string>& overrides) {
-  return parse(text, name, overrides);
+  return parse(text, name, overrides, false);
 }
 
 std::string to_text(const Config& config) {

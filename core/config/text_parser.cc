@@ -36,6 +36,10 @@ std::string TextParser::here() {
 
 bool TextParser::at_end() { return tokenizer_.current().type == Tokenizer::TYPE_END; }
 
+std::string TextParser::found() {
+  return at_end() ? "the end of the text" : "'" + tokenizer_.current().text + "'";
+}
+
 bool TextParser::at_value() {
   const Token& token = tokenizer_.current();
   return token.type == Tokenizer::TYPE_IDENTIFIER || token.type == Tokenizer::TYPE_INTEGER ||
@@ -43,7 +47,9 @@ bool TextParser::at_value() {
          token.text == "{" || token.text == "<" || token.text == "[";
 }
 
-void TextParser::parse_message(Message* message, const std::string& path) { parse_fields(message, path, ""); }
+void TextParser::parse_message(Message* message, const std::string& path) {
+  parse_fields(message, path, "", "");
+}
 
 void TextParser::parse_value(Message* message, const Field* field, const std::string& path) {
   if (field->is_repeated() && at("[")) {
@@ -57,15 +63,15 @@ void TextParser::parse_value(Message* message, const Field* field, const std::st
   }
 }
 
-void TextParser::parse_fields(Message* message, const std::string& path, const std::string& closing) {
-  const std::string opened = here();
+void TextParser::parse_fields(Message* message, const std::string& path, const std::string& closing,
+                              const std::string& opened) {
   std::map<std::string, std::string> seen;
   while (!at_end() && (closing.empty() || !at(closing))) {
     if (tokenizer_.current().type == Tokenizer::TYPE_IDENTIFIER) {
       parse_field(message, path, &seen);
       continue;
     }
-    mistake(here(), path, "", cat("expected the name of a field, found '", tokenizer_.current().text, "'"));
+    mistake(here(), path, "", cat("expected the name of a field, found ", found()));
     const int line = tokenizer_.current().line;
     while (!at_end() && tokenizer_.current().line == line && (closing.empty() || !at(closing)))
       tokenizer_.Next();
@@ -92,7 +98,7 @@ void TextParser::parse_field(Message* message, const std::string& path,
     unknown_field(*message, path, name, where);
     skip_value();
   } else if (!at_value()) {
-    mistake(where, full, "", cat("expected a value, found ", at_end() ? "the end of the text" : here()));
+    mistake(where, full, "", cat("expected a value, found ", found()));
     if (!at_end() && !at("}") && !at(">")) tokenizer_.Next();
   } else if (!field->is_repeated() && !seen->emplace(name, where).second) {
     mistake(where, full, "", cat("is given twice, first at ", seen->at(name)), "keep one of them");
@@ -123,14 +129,13 @@ void TextParser::parse_list(Message* message, const Field* field, const std::str
     if (at_value() && !at("[")) {
       parse_one(message, field, path);
     } else {
-      mistake(here(), path, "", cat("expected a value of the list, found '", tokenizer_.current().text, "'"));
+      mistake(here(), path, "", cat("expected a value of the list, found ", found()));
       tokenizer_.Next();
     }
     if (at(",")) {
       tokenizer_.Next();
     } else if (!at("]") && !at_end()) {
-      mistake(here(), path, "",
-              cat("expected ',' or ']' in the list, found '", tokenizer_.current().text, "'"));
+      mistake(here(), path, "", cat("expected ',' or ']' in the list, found ", found()));
       if (!at_value()) break;
     }
   }
@@ -157,12 +162,12 @@ void TextParser::parse_child(Message* message, const Field* field, const std::st
     skip_value();
     return;
   }
-  const std::string closing = at("{") ? "}" : ">";
+  const std::string closing = at("{") ? "}" : ">", opened = here();
   tokenizer_.Next();
   const auto* reflection = message->GetReflection();
   Message* child = field->is_repeated() ? reflection->AddMessage(message, field)
                                         : reflection->MutableMessage(message, field);
-  parse_fields(child, path, closing);
+  parse_fields(child, path, closing, opened);
 }
 
 void TextParser::parse_scalar(Message* message, const Field* field, const std::string& path) {

@@ -43,7 +43,9 @@ class TextParser : private google::protobuf::io::ErrorCollector {
   void mistake(const std::string& place, const std::string& field, const std::string& value,
                const std::string& rule, const std::string& suggestion = "");
 
-  void parse_fields(Message* message, const std::string& path, const std::string& closing);
+  // Up to `closing` (empty: the end of the text), which was opened at `opened`.
+  void parse_fields(Message* message, const std::string& path, const std::string& closing,
+                    const std::string& opened);
   void parse_field(Message* message, const std::string& path, std::map<std::string, std::string>* seen);
   void unknown_field(const Message& message, const std::string& path, const std::string& name,
                      const std::string& where);
@@ -59,6 +61,7 @@ class TextParser : private google::protobuf::io::ErrorCollector {
   // The tokens of a scalar joined: "-3", "inf", a name, or the contents of strings.
   std::string take_scalar(Token* first);
   std::string here();
+  std::string found();  // the token, for messages
 
   google::protobuf::io::ArrayInputStream stream_;
   std::function<std::string(int, int)> place_;

@@ -33,7 +33,7 @@ std::string to_string(const Violation& violation) {
   if (!violation.place.empty()) line += violation.place + ": ";
   line += violation.field;
   if (!violation.value.empty()) line += " = " + violation.value;
-  if (!line.empty()) line += ": ";
+  if (!violation.field.empty()) line += ": ";
   line += violation.rule;
   if (!violation.suggestion.empty()) line += "; " + violation.suggestion;
   return line;
