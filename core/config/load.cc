@@ -1,9 +1,10 @@
 #include "core/config/load.h"
 
 #include <algorithm>
+#include <filesystem>
 #include <fstream>
 #include <google/protobuf/text_format.h>
-#include <iterator>
+#include <sstream>
 
 #include "core/config/overrides.h"
 #include "core/config/text_parser.h"
@@ -46,11 +47,13 @@ Config parse(const std::string& text, const std::string& name, const std::vector
 
 std::string read_text(const std::string& path) {
   std::ifstream file(path);
-  const std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-  require(file.is_open() && !file.bad(), path,
-          ": the configuration cannot be read; expected a file in protobuf text ",
-          "format, such as those in configs/");
-  return text;
+  std::ostringstream text;
+  const bool empty = file.peek() == std::ifstream::traits_type::eof();
+  if (!empty) text << file.rdbuf();
+  require(file.is_open() && !file.bad() && text.good() && !std::filesystem::is_directory(path), path,
+          ": the configuration cannot be read; expected a file in protobuf text format, such as those in "
+          "configs/");
+  return text.str();
 }
 
 }  // namespace
