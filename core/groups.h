@@ -1,0 +1,25 @@
+// The groups of ranks that a worker belongs to, as the model and the optimizer see them.
+#pragma once
+
+#include "core/communicator.h"
+
+namespace hybridmoe {
+
+// Nothing is owned: whoever made the communicators (parallel/mesh.h; a test: one local communicator for all)
+// keeps them alive for longer than everything that was given this struct. None is null. Members may be the
+// same communicator where groups coincide (tensor size 1: `data` is `world`) and are the local communicator
+// where a group has one rank. All ranks of a group issue the same collectives on it in the same order.
+struct Groups {
+  Communicator* world = nullptr;
+  Communicator* data = nullptr;         // ranks with other sequences and the same dense shards
+  Communicator* tensor = nullptr;       // ranks that split the dense matrices and each sequence
+  Communicator* expert = nullptr;       // ranks that exchange rows: together they hold every expert once
+  Communicator* expert_data = nullptr;  // ranks that hold the same experts (shards)
+};
+
+// Data parallelism alone: every rank of `all` holds the whole model. `alone` is a local communicator.
+inline Groups data_parallel_groups(Communicator& all, Communicator& alone) {
+  return Groups{&all, &all, &alone, &alone, &all};
+}
+
+}  // namespace hybridmoe
