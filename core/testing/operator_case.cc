@@ -78,6 +78,10 @@ Fill values(std::vector<double> list) {
   return [list = std::move(list)](const Random&, std::int64_t i) { return list.at(i); };
 }
 
+Fill below(std::uint64_t n) {
+  return [=](const Random& random, std::int64_t i) { return static_cast<double>(random.below(i, n)); };
+}
+
 Operand& OperatorCase::append(Operand operand) {
   operands.push_back(std::move(operand));
   return operands.back();

@@ -32,6 +32,7 @@ using Fill = std::function<double(const Random&, std::int64_t i)>;
 Fill normal(double scale = 1, double mean = 0);
 Fill constant(double value);
 Fill values(std::vector<double> list);
+Fill below(std::uint64_t n);  // integers in [0, n)
 
 struct Operand {
   std::string name;
@@ -43,14 +44,16 @@ struct Operand {
   std::string alias = {};     // uses the memory of that operand where both have one type
   std::int64_t defined = -1;  // only the first elements have a defined value; -1: all
   // What an error may grow with, for the tolerance (see checks.h).
-  double length = 1;   // terms summed up in one value
-  int roundings = 0;   // how many times what it depends on was rounded to the compute type on the way
-  double touched = 1;  // share of the memory that the operator must move
+  double length = 1;      // terms summed up in one value
+  int roundings = 0;      // how many times what it depends on was rounded to the compute type on the way
+  bool consumed = false;  // an input that the operator may use as workspace
+  double touched = 1;     // share of the memory that the operator must move
 
   Operand& gap(std::int64_t elements) { return row_gap = elements, *this; }
   Operand& alias_of(const std::string& other) { return alias = other, *this; }
   Operand& define_first(std::int64_t elements) { return defined = elements, *this; }
   Operand& error(double terms, int rounded = 0) { return length = terms, roundings = rounded, *this; }
+  Operand& consume() { return consumed = true, *this; }
   Operand& touch(double share) { return touched = share, *this; }
 };
 
