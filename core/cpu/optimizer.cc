@@ -125,7 +125,7 @@ void CpuBackend::step_scalars(const StepScalars& op, Stream*) {
   double* scalars = op.scalars.ptr<double>();
   scalars[kGradNorm] = norm;
   scalars[kClipFactor] = op.max_norm == 0 ? 1. : std::min(1., op.max_norm / (norm + 1e-6));
-  scalars[kSkip] = nonfinite > 0 ? 1 : 0;
+  scalars[kSkip] = nonfinite != 0 || !std::isfinite(squares) ? 1 : 0;
   scalars[kLearningRate] = op.learning_rate;
   scalars[kBiasCorrection1] = 1 - std::pow(op.beta1, t);
   scalars[kBiasCorrection2] = 1 - std::pow(op.beta2, t);

@@ -1,0 +1,14 @@
+// The machine's limits as this process sees them, for lines that say which share of them was reached.
+#pragma once
+
+#include "core/backend.h"
+
+namespace hybridmoe {
+
+// Rate in floating-point operations per second of large products with weights, in the backend's compute type
+// and with its threads: the best of linear_forward over a few shapes, repeated for about `seconds` (at least
+// one round). Under mpirun every rank should measure at the same time. Allocates up to 16 MiB from the
+// backend and releases them.
+double measure_product_limit(Backend& backend, double seconds = 0.3);
+
+}  // namespace hybridmoe
