@@ -1,0 +1,40 @@
+# Sourced by the scripts in this folder: where the tree is, and how they speak.
+# shellcheck shell=bash
+
+set -euo pipefail
+# shellcheck disable=SC2034  # used by the scripts
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+self=$(basename "$0")
+
+say() { printf '%s: %s\n' "$self" "$*"; }
+warn() { printf '%s: %s\n' "$self" "$*" >&2; }
+die() {
+  warn "$*"
+  exit 1
+}
+
+# Prints the script's opening comment: its help text.
+print_help() { awk 'NR > 1 && !/^#/ { exit } NR > 1 { sub(/^# ?/, ""); print }' "$0"; }
+
+cores() { nproc 2>/dev/null || echo 1; }
+
+# Runs a command as root: directly, or through sudo. Fails when neither is possible.
+as_root() {
+  if [ "$(id -u)" -eq 0 ]; then
+    "$@"
+  elif command -v sudo >/dev/null; then
+    sudo "$@"
+  else
+    warn "this needs root, and there is no sudo: $*"
+    return 1
+  fi
+}
+
+# Quiet apt-get that gives up soon when no mirror answers.
+apt() {
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o Acquire::Retries=1 -o Acquire::http::Timeout=20 \
+    -o Acquire::https::Timeout=20 -o DPkg::Lock::Timeout=120 "$@"
+}
+
+# Compiled objects are found again in the cache whichever copy of the tree they were built in.
+export CCACHE_NOHASHDIR=1
