@@ -124,7 +124,7 @@ struct NormGateBackward {
   double balance_scale = 0;
   double z_scale = 0;
   Tensor skip = {};   // [n, d] C, optional: gradient that bypasses norm and router
-  Tensor dlogits;     // [n, E] S =, workspace
+  Tensor dlogits;     // [n, E] S, workspace; the reference leaves the gradient there
   Tensor dsum;        // [n, d] C =; may be dy or skip
   Tensor drouter;     // [E, d] S +=
   Tensor dgain = {};  // [d] S +=, with a gain

@@ -85,8 +85,9 @@ OperatorCase attention_backward(const AttentionShape& s) {
   c.derived("o", kC, {s.batch * s.queries, s.width()}).gap(s.gap);
   c.derived("lse", kS, {s.batch, s.heads, s.queries});
   c.scratch("delta", kS, {s.batch, s.heads, s.queries});
-  c.output("dq", kC, {s.batch * s.queries, s.width()}).gap(s.gap).error(terms, 2);
-  c.output("dk", kC, {s.batch * s.keys, s.kv_width()}).gap(s.gap).error(terms, 2);
+  // A query that sees one key has no gradient: two terms of the size of do·v cancel.
+  c.output("dq", kC, {s.batch * s.queries, s.width()}).gap(s.gap).error(terms, 2).terms_of(1);
+  c.output("dk", kC, {s.batch * s.keys, s.kv_width()}).gap(s.gap).error(terms, 2).terms_of(1);
   c.output("dv", kC, {s.batch * s.keys, s.kv_width()}).gap(s.gap).error(terms, 2);
   c.prepare = [s](Backend& b, const TensorSet& t) { b.attention_forward(forward_of(s, t), b.main_stream()); };
   c.run = [s](Backend& b, const TensorSet& t) {

@@ -49,7 +49,7 @@ void start_from(const TensorSet& rounded, TensorSet& set) {
 }
 
 double largest_finite(const TensorSet& set, const Operand& operand) {
-  double largest = 0;
+  double largest = operand.magnitude;
   for (std::int64_t i = 0; i < defined_elements(operand); ++i) {
     const double value = std::abs(set.get(operand.name, i));
     if (std::isfinite(value)) largest = std::max(largest, value);

@@ -11,7 +11,8 @@ namespace hybridmoe::testing {
 
 // Runs the case on the reference and on the target with the same inputs, rounded to the target's types.
 //
-// An output x of M = max |x| over the tensor may be off by
+// An output x of M = max |x| over the tensor (or the operand's `magnitude` where that is larger) may be off
+// by
 //   ε(type of x) · |x|  +  4 · M · (ε(S) · √length + ε(C) · roundings):
 // one rounding when it is stored; `length` terms whose roundings in the statistics type add up like a random
 // walk; and what was rounded to the compute type before. Integers and non-finite values must be equal. Inputs

@@ -229,11 +229,11 @@ OperatorCase norm_gate_backward(const GateShape& s) {
   c.derived("lse", kS, {s.n});
   c.derived("topk", kI32, s.choices());
   c.derived("weights", kS, s.choices());
+  c.scratch("dlogits", kS, s.probs());
   for (const char* sum : {"counts", "prob_sum"}) c.scratch(sum, kF64, {s.experts});
   c.scratch("sums", kF64, {kRouterSums});
   c.scratch("logit_max", kF64, {1});
   // The logits' gradient may be rounded to the compute type on its way into the two products.
-  c.output("dlogits", kS, s.probs()).error(terms, 1);
   c.output("dsum", kC, {s.n, s.d}).alias_of(s.alias).error(terms, 1);
   c.accumulate("drouter", kS, {s.experts, s.d}).error(static_cast<double>(s.n + 1), 1);
   if (s.norm) c.accumulate("dgain", kS, {s.d}).error(static_cast<double>(s.n + 1), 1);

@@ -46,6 +46,7 @@ struct Operand {
   // What an error may grow with, for the tolerance (see checks.h).
   double length = 1;      // terms summed up in one value
   int roundings = 0;      // how many times what it depends on was rounded to the compute type on the way
+  double magnitude = 0;   // of the terms, where they may cancel in all elements at once
   bool consumed = false;  // an input that the operator may use as workspace
   double touched = 1;     // share of the memory that the operator must move
 
@@ -53,6 +54,7 @@ struct Operand {
   Operand& alias_of(const std::string& other) { return alias = other, *this; }
   Operand& define_first(std::int64_t elements) { return defined = elements, *this; }
   Operand& error(double terms, int rounded = 0) { return length = terms, roundings = rounded, *this; }
+  Operand& terms_of(double size) { return magnitude = size, *this; }
   Operand& consume() { return consumed = true, *this; }
   Operand& touch(double share) { return touched = share, *this; }
 };
