@@ -22,6 +22,15 @@ std::string segment_name(int attempt, int segment) {
 
 std::string telemetry_directory(const std::string& run_dir) { return run_dir + "/telemetry"; }
 
+std::string find_log_directory(const std::string& run) {
+  require(std::filesystem::is_directory(run), run, ": no such directory; name a run directory");
+  for (const std::string& directory : {telemetry_directory(run), run}) {
+    if (!list_log_segments(directory).empty()) return directory;
+  }
+  throw Error(cat(
+      run, ": no telemetry here; a run directory holds it in telemetry/attempt-000-segment-000.tfrecord"));
+}
+
 std::string log_segment_path(const std::string& directory, int attempt, int segment) {
   return directory + "/" + segment_name(attempt, segment) + kExtension;
 }

@@ -16,6 +16,9 @@ struct LogSegment {
 };
 
 std::string telemetry_directory(const std::string& run_dir);
+// The directory with the log of what a user named: a run directory, or the log's directory itself. Throws
+// Error when it is neither.
+std::string find_log_directory(const std::string& run);
 std::string log_segment_path(const std::string& directory, int attempt, int segment);
 // Of a segment: its run header, its events and its segment end, without the steps.
 std::string log_index_path(const std::string& segment_path);

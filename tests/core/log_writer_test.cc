@@ -10,34 +10,11 @@
 #include "core/telemetry/log_files.h"
 #include "core/telemetry/metrics.h"
 #include "tests/small_disk.h"
+#include "tests/small_log.h"
 #include "tests/temporary_directory.h"
 
 namespace hybridmoe {
 namespace {
-
-ModelRows small_model() {
-  ModelRows rows;
-  rows.layers = 2;
-  rows.moe_layers = {0, 1};
-  rows.experts = 4;
-  rows.gradient = {{0, TensorKind::Qkv}, {1, TensorKind::Qkv}, {-1, TensorKind::Head}};
-  return rows;
-}
-
-RunHeader header_of(const TrainingMetrics& metrics) {
-  RunHeader header;
-  metrics.table.define(&header);
-  header.set_resume_step(1);
-  return header;
-}
-
-StepRecord step_of(const TrainingMetrics& metrics, std::int64_t step) {
-  StepRecord record = metrics.table.make_step(step);
-  set_metric(&record, metrics.loss, 1.0 / static_cast<double>(step));
-  metric_counts(&record, metrics.expert_load)[5] = static_cast<std::uint64_t>(step);
-  metric_values(&record, metrics.router_entropy)[1] = 0.5f;
-  return record;
-}
 
 std::vector<Record> read_records(const std::string& path) {
   RecordReader reader(path, ReadMode::Strict);
@@ -45,13 +22,6 @@ std::vector<Record> read_records(const std::string& path) {
   std::string payload;
   while (reader.next(&payload)) EXPECT_TRUE(records.emplace_back().ParseFromString(payload));
   return records;
-}
-
-EventRecord event_of(EventRecord::Kind kind, std::int64_t step) {
-  EventRecord event;
-  event.set_kind(kind);
-  event.set_step(step);
-  return event;
 }
 
 TEST(Metrics, ColumnsDoNotOverlap) {

@@ -1,0 +1,27 @@
+// A run's log as tables for other programs.
+#pragma once
+
+#include <ostream>
+#include <string>
+#include <vector>
+
+#include "core/telemetry/log_reader.h"
+
+namespace hybridmoe {
+
+struct LogExport {
+  std::vector<std::string>
+      metrics;           // names; empty: every scalar for CSV, every metric for JSON; "all": every metric
+  bool orphans = false;  // also the steps that a later attempt computed again, marked by their attempt
+};
+
+// A row per step: step, attempt, wall_time, then the metrics; a dense metric takes a column per element,
+// named METRIC/ELEMENT. What was not recorded is left empty. The columns are those of the newest attempt.
+void export_csv(const std::string& directory, const LogReadOptions& read, const LogExport& what,
+                std::ostream& out);
+// One object: header (the newest run header), steps, events. A dense metric is an array in the order of its
+// "elements" in the header; numbers that are not finite are null.
+void export_json(const std::string& directory, const LogReadOptions& read, const LogExport& what,
+                 std::ostream& out);
+
+}  // namespace hybridmoe

@@ -1,0 +1,121 @@
+// hybridmoe-log: what the log of a run says. See docs/telemetry.md.
+#include <CLI/CLI.hpp>
+#include <fstream>
+#include <iostream>
+
+#include "core/error.h"
+#include "core/telemetry/log_verify.h"
+#include "tools/log_export.h"
+#include "tools/log_summary.h"
+
+namespace hybridmoe {
+namespace {
+
+constexpr int kCorrupt = 3;  // exit status of verify
+
+struct Options {
+  std::string run, mode = "tolerate-tail", output;
+  bool json = false, csv = false;
+  LogExport what;
+};
+
+LogReadOptions read_options(const Options& options) {
+  LogReadOptions read;
+  if (options.mode == "strict") read.mode = ReadMode::Strict;
+  if (options.mode == "skip-corrupt") read.mode = ReadMode::SkipCorrupt;
+  return read;
+}
+
+int summary(const Options& options) {
+  LogReadOptions read = read_options(options);
+  read.scalars_only = true;
+  const RunLog log(find_log_directory(options.run), read);
+  require(!log.attempts().empty(), options.run, ": the log holds no whole record yet");
+  (options.json ? print_summary_json : print_summary)(summarize(log), std::cout);
+  return 0;
+}
+
+int export_log(const Options& options) {
+  std::ofstream file;
+  if (!options.output.empty()) {
+    file.open(options.output, std::ios::binary);
+    require(file.good(), options.output, ": cannot write this file");
+  }
+  std::ostream& out = options.output.empty() ? std::cout : file;
+  (options.json ? export_json : export_csv)(find_log_directory(options.run), read_options(options),
+                                            options.what, out);
+  out.flush();
+  require(out.good(), options.output.empty() ? "standard output" : options.output,
+          ": writing failed; is the disk full?");
+  return 0;
+}
+
+int verify(const Options& options) {
+  const LogVerification result = verify_log(find_log_directory(options.run));
+  for (const LogProblem& note : result.notes) std::cout << "note: " << note.str() << '\n';
+  for (const LogProblem& problem : result.problems) std::cout << "PROBLEM: " << problem.str() << '\n';
+  std::cout << result.attempts << " attempts, " << result.segments << " segments, " << result.records
+            << " records, " << result.bytes << " bytes; steps " << result.first_step << " to "
+            << result.last_step << '\n';
+  if (result.good()) {
+    std::cout << "good: checksums match, no step is missing\n";
+    return 0;
+  }
+  std::cout << result.problems.size() << " problems; the first: " << result.problems.front().str() << '\n';
+  return kCorrupt;
+}
+
+int run(int argc, char** argv) {
+  CLI::App app("Reads the telemetry of a training run.");
+  app.require_subcommand(1);
+  Options options;
+  const auto add_run = [&options](CLI::App* command) {
+    command->add_option("RUN", options.run, "run directory (or its telemetry directory)")->required();
+  };
+  const auto add_mode = [&options](CLI::App* command) {
+    command->add_option("--read", options.mode, "what to do about corrupt places (default: tolerate-tail)")
+        ->check(CLI::IsMember({"strict", "tolerate-tail", "skip-corrupt"}));
+  };
+  CLI::App* summary_command =
+      app.add_subcommand("summary", "What ran, how far it came, how healthy it looks");
+  add_run(summary_command);
+  add_mode(summary_command);
+  summary_command->add_flag("--json", options.json, "for programs");
+
+  CLI::App* export_command = app.add_subcommand("export", "Every step, as a table or as JSON");
+  add_run(export_command);
+  add_mode(export_command);
+  CLI::Option* csv = export_command->add_flag("--csv", options.csv, "a row per step (default)");
+  export_command->add_flag("--json", options.json, "one JSON object: header, steps, events")->excludes(csv);
+  export_command->add_option(
+      "--metric", options.what.metrics,
+      "which metrics (repeatable; all: every one; default: the scalars, with --json all)");
+  export_command->add_flag("--orphans", options.what.orphans,
+                           "also steps that a later attempt computed again");
+  export_command->add_option("--output", options.output, "file to write (default: standard output)");
+
+  CLI::App* verify_command = app.add_subcommand(
+      "verify", "Checks framing, checksums, definitions and that no step is missing; exit status 0 or 3");
+  add_run(verify_command);
+
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error);
+  }
+  if (*summary_command) return summary(options);
+  if (*export_command) return export_log(options);
+  return verify(options);
+}
+
+}  // namespace
+}  // namespace hybridmoe
+
+int main(int argc, char** argv) {
+  try {
+    return hybridmoe::run(argc, argv);
+  } catch (const std::exception& error) {
+    std::cerr << "hybridmoe-log: " << error.what() << '\n';
+    return 1;
+  }
+}

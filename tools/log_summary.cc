@@ -1,0 +1,105 @@
+#include "tools/log_summary.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace hybridmoe {
+namespace {
+
+double median(std::vector<double> values) {
+  if (values.empty()) return std::nan("");
+  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
+  std::nth_element(values.begin(), middle, values.end());
+  return *middle;
+}
+
+ScalarSummary summarize_scalar(const RunLog& log, const MetricDefinition& metric) {
+  ScalarSummary summary{metric.name(), metric.unit()};
+  std::vector<double> finite;
+  const std::vector<double>& values = log.column(metric.name());
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    if (!std::isfinite(values[i])) continue;
+    if (finite.empty() || values[i] > summary.maximum) {
+      summary.maximum = values[i];
+      summary.maximum_step = log.steps()[i];
+    }
+    summary.minimum = finite.empty() ? values[i] : std::min(summary.minimum, values[i]);
+    finite.push_back(values[i]);
+  }
+  if (finite.empty()) {
+    summary.first = summary.last = summary.minimum = summary.maximum = summary.median = std::nan("");
+    return summary;
+  }
+  summary.first = finite.front();
+  summary.last = values.back();  // not finite when the run ended so
+  summary.median = median(std::move(finite));
+  return summary;
+}
+
+RouterSummary summarize_router(const RunHeader& header, const StepRecord& step) {
+  RouterSummary summary;
+  const MetricDefinition* metric = find_metric(header, "expert_load");
+  if (metric == nullptr || metric->axis_size() != 2) return summary;
+  const std::vector<double> load = metric_elements(header, *metric, step);
+  const int experts = header.axis(metric->axis(1)).entry_size();
+  if (load.empty() || experts == 0) return summary;
+  summary.step = step.step();
+  summary.experts = static_cast<int>(load.size());
+  for (int layer = 0; layer * experts < load.size(); ++layer) {
+    double sum = 0, largest = 0;
+    for (int expert = 0; expert < experts; ++expert) {
+      const double tokens = load[layer * experts + expert];
+      sum += tokens;
+      largest = std::max(largest, tokens);
+      summary.dead_experts += tokens == 0;
+    }
+    const double violation = sum > 0 ? largest * experts / sum - 1 : 0;
+    if (summary.worst_layer.empty() || violation > summary.worst_max_violation) {
+      summary.worst_max_violation = violation;
+      summary.worst_layer = header.axis(metric->axis(0)).entry(layer).label();
+    }
+  }
+  return summary;
+}
+
+double sum_of(const std::vector<double>& values) {
+  double sum = 0;
+  for (const double value : values) sum += std::isfinite(value) ? value : 0;
+  return sum;
+}
+
+}  // namespace
+
+RunSummary summarize(const RunLog& log) {
+  RunSummary summary;
+  summary.header = log.newest_header();
+  summary.attempts = static_cast<int>(log.attempts().size());
+  summary.all_attempts = log.attempts();
+  summary.bytes = log.reader().bytes();
+  summary.steps = static_cast<std::int64_t>(log.steps().size());
+  summary.last_step = log.steps().empty() ? 0 : log.steps().back();
+  summary.started = log.attempts().front().header.wall_time();
+  summary.last_record = log.attempts().back().last_wall_time;
+  summary.finished = log.attempts().back().finished;
+  summary.tokens = sum_of(log.column("tokens"));
+  summary.training_seconds = sum_of(log.column("step_seconds"));
+  for (const MetricDefinition& metric : summary.header.metric()) {
+    if (metric.storage() == MetricDefinition::SCALAR)
+      summary.scalars.push_back(summarize_scalar(log, metric));
+  }
+  summary.loss = log.column("loss");
+  for (const double skipped : log.column("skipped")) summary.skipped += skipped > 0;
+  for (const double factor : log.column("clip_factor")) summary.clipped += factor < 1;
+  summary.router = summarize_router(summary.header, log.newest_step());
+  summary.events = log.events();
+  for (const RunLog::Attempt& attempt : log.attempts()) {
+    summary.lost.set_steps(summary.lost.steps() + attempt.lost.steps());
+    summary.lost.set_dense(summary.lost.dense() + attempt.lost.dense());
+    summary.lost.set_events(summary.lost.events() + attempt.lost.events());
+    summary.lost.set_rank_samples(summary.lost.rank_samples() + attempt.lost.rank_samples());
+  }
+  summary.problems = log.reader().problems();
+  return summary;
+}
+
+}  // namespace hybridmoe
