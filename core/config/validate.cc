@@ -55,11 +55,10 @@ void check_data(const Config& config, bool needs_data, Rules* rules) {
 
   rules->fraction("data.held_out", data.held_out());
   const std::int64_t sequence = config.model().sequence_length();
-  rules->check(
-      data.held_out_block_tokens() == 0 || data.held_out_block_tokens() > sequence,
-      "data.held_out_block_tokens", number(data.held_out_block_tokens()),
-      cat("must be 0 (16 sequences) or more than the ", sequence, " tokens of model.sequence_length"),
-      cat("nearest: ", sequence + 1));
+  rules->check(data.held_out_block_tokens() == 0 || data.held_out_block_tokens() >= sequence,
+               "data.held_out_block_tokens", number(data.held_out_block_tokens()),
+               cat("must be 0 (16 sequences) or at least the ", sequence, " tokens of model.sequence_length"),
+               cat("nearest: ", sequence));
   for (int i = 0; i < data.skip_size(); ++i) {
     const std::string field = cat("data.skip[", i, "]");
     const SampleRange& range = data.skip(i);

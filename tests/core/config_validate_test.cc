@@ -80,7 +80,7 @@ TEST(ConfigValidate, OneViolationForOneMistake) {
        "nearest: 299"},
       {{"data.held_out=1"}, "data.held_out", "below 1"},
       {{"data.held_out=0", "evaluation.every=5"}, "evaluation.every", "data.held_out"},
-      {{"data.held_out_block_tokens=256"}, "data.held_out_block_tokens", "nearest: 257"},
+      {{"data.held_out_block_tokens=255"}, "data.held_out_block_tokens", "nearest: 256"},
       {{"data.skip={begin: 5 end: 5}"}, "data.skip[0].end", "nearest: 6"},
       {{"batch.micro_batch_sequences=5"}, "batch.micro_batch_sequences", "nearest: 4"},
       {{"batch.micro_batch_sequences=2"}, "batch.micro_batch_sequences", "nearest: 4", 4},
