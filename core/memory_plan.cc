@@ -1,0 +1,62 @@
+#include "core/memory_plan.h"
+
+#include <algorithm>
+#include <sys/mman.h>
+#include <unistd.h>
+
+namespace hybridmoe {
+
+namespace {
+constexpr std::int64_t kAlignment = 64;
+std::int64_t aligned(std::int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+}  // namespace
+
+MemoryPlan::~MemoryPlan() {
+  if (arena_ != nullptr) backend_->release(arena_, bytes());
+}
+
+void MemoryPlan::add(Tensor* target, std::string name, const Shape& shape, DType dtype,
+                     std::string component) {
+  require(arena_ == nullptr, "buffer ", name, " is planned after the plan was committed");
+  for (const Buffer& buffer : buffers_) {
+    require(buffer.target != target, "buffer ", name, " has the target of buffer ", buffer.name);
+  }
+  *target = Tensor(nullptr, dtype, shape);
+  const std::int64_t size = aligned(target->bytes());
+  std::int64_t& top = depth_ > 0 ? scratch_top_ : persistent_;
+  buffers_.push_back({target, std::move(name), std::move(component), top, size, depth_ > 0});
+  top += size;
+  scratch_peak_ = std::max(scratch_peak_, scratch_top_);
+}
+
+std::map<std::string, std::int64_t> MemoryPlan::by_component() const {
+  std::map<std::string, std::int64_t> result;
+  for (const Buffer& buffer : buffers_) {
+    if (!buffer.temporary) result[buffer.component] += buffer.bytes;
+  }
+  if (scratch_peak_ > 0) result["workspace"] = scratch_peak_;
+  return result;
+}
+
+void MemoryPlan::commit(Backend& backend) {
+  require(arena_ == nullptr, "a memory plan is committed once");
+  arena_ = backend.allocate(bytes());
+  backend_ = &backend;
+  for (const Buffer& buffer : buffers_) {
+    buffer.target->device = backend.device();
+    buffer.target->data = static_cast<char*>(arena_) + (buffer.temporary ? persistent_ : 0) + buffer.offset;
+  }
+}
+
+std::int64_t MemoryPlan::resident_bytes() const {
+  if (arena_ == nullptr || backend_->device() != Device::CPU) return 0;
+  const std::int64_t page = sysconf(_SC_PAGESIZE);
+  const std::int64_t pages = (bytes() + page - 1) / page;
+  std::vector<unsigned char> resident(pages);
+  if (mincore(arena_, bytes(), resident.data()) != 0) return 0;
+  const std::int64_t count =
+      std::count_if(resident.begin(), resident.end(), [](auto p) { return (p & 1) != 0; });
+  return std::min(count * page, bytes());
+}
+
+}  // namespace hybridmoe

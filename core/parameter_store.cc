@@ -1,0 +1,153 @@
+#include "core/parameter_store.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "core/random.h"
+
+namespace hybridmoe {
+
+namespace {
+// Parameters start at multiples of this many elements: aligned for vector loads in every type.
+constexpr std::int64_t kAlign = 64;
+std::int64_t round_up(std::int64_t value, std::int64_t step) { return (value + step - 1) / step * step; }
+}  // namespace
+
+const char* name_of(TensorKind kind) {
+  static constexpr const char* kNames[] = {
+      "attn_norm",  "qkv",         "q_norm",    "k_norm",      "v_norm",    "c_norm",     "attn_out",
+      "ffn_norm",   "router",      "gate",      "up",          "down",      "dense_gate", "dense_up",
+      "dense_down", "shared_gate", "shared_up", "shared_down", "embedding", "final_norm", "head"};
+  static_assert(std::size(kNames) == kTensorKinds);
+  return kNames[static_cast<int>(kind)];
+}
+
+ParameterStore::Id ParameterStore::add(ParameterSpec spec) {
+  require(buckets_->empty(), "parameter ", spec.name, " is declared after the layout was planned");
+  std::int64_t length = 0;
+  for (const GlobalRun& run : spec.runs) length += run.end - run.begin;
+  require(length == spec.local_shape.elements(), "parameter ", spec.name, ": its runs hold ", length,
+          " elements, its local shape ", spec.local_shape.str());
+  require(find(spec.name) < 0, "parameter ", spec.name, " is declared twice");
+  table_layers_ = std::max(table_layers_, spec.layer + 1);
+  specs_.push_back(std::move(spec));
+  return size() - 1;
+}
+
+ParameterStore::Id ParameterStore::find(const std::string& name) const {
+  for (Id id = 0; id < size(); ++id) {
+    if (specs_[id].name == name) return id;
+  }
+  return -1;
+}
+
+void ParameterStore::plan(MemoryPlan& memory, DType compute, DType statistics, std::int64_t bucket_bytes,
+                          bool for_training) {
+  std::vector<Id> order(size());
+  std::iota(order.begin(), order.end(), 0);
+  // Last declared first within a stage: the order in which the backward pass reaches them.
+  std::stable_sort(order.begin(), order.end(), [&](Id a, Id b) {
+    return specs_[a].ready_stage != specs_[b].ready_stage ? specs_[a].ready_stage < specs_[b].ready_stage
+                                                          : a > b;
+  });
+  places_.resize(size());
+  for (const Id id : order) {
+    Bucket* bucket = buckets_->empty() ? nullptr : &buckets_->back();
+    const bool full = bucket != nullptr && bucket->elements * size_of(statistics) >= bucket_bytes;
+    if (bucket == nullptr || full || bucket->replicas != specs_[id].replicas) {
+      bucket = &buckets_->emplace_back();
+      bucket->replicas = specs_[id].replicas;
+    }
+    places_[id] = {static_cast<int>(buckets_->size()) - 1, bucket->elements};
+    bucket->parameters.push_back(id);
+    bucket->elements += round_up(specs_[id].local_shape.elements(), kAlign);
+    bucket->ready_stage = std::max(bucket->ready_stage, specs_[id].ready_stage);
+  }
+  int index = 0;
+  for (Bucket& bucket : *buckets_) {
+    const std::int64_t ranks = bucket.replicas->size();
+    bucket.elements = round_up(bucket.elements, ranks * kAlign);
+    const std::int64_t shard = bucket.elements / ranks;
+    bucket.owned_begin = shard * bucket.replicas->rank();
+    bucket.owned_end = bucket.owned_begin + shard;
+    lay_out_owned(&bucket);
+    const std::string name = cat("bucket ", index++);
+    memory.add(&bucket.weight, name + " weights", {bucket.elements}, compute, "weights");
+    if (!for_training) continue;
+    memory.add(&bucket.gradient, name + " gradients", {bucket.elements}, statistics, "gradients");
+    if (compute != statistics)
+      memory.add(&bucket.master, name + " master", {shard}, statistics, "optimizer state");
+    memory.add(&bucket.m, name + " m", {shard}, statistics, "optimizer state");
+    memory.add(&bucket.v, name + " v", {shard}, statistics, "optimizer state");
+  }
+}
+
+void ParameterStore::lay_out_owned(Bucket* bucket) {
+  for (const Id id : bucket->parameters) {
+    const ParameterSpec& spec = specs_[id];
+    std::int64_t local = 0;
+    for (const GlobalRun& run : spec.runs) {
+      const std::int64_t begin = std::max(places_[id].offset + local, bucket->owned_begin);
+      const std::int64_t end = std::min(places_[id].offset + local + run.end - run.begin, bucket->owned_end);
+      if (begin < end) {
+        const std::int64_t skipped = begin - places_[id].offset - local;
+        bucket->owned.push_back(
+            {id, local + skipped, run.begin + skipped, begin - bucket->owned_begin, end - begin, run.kind});
+        bucket->segments.push_back({begin - bucket->owned_begin, end - bucket->owned_begin,
+                                    spec.layer * kTensorKinds + static_cast<int>(run.kind), spec.decay});
+      }
+      local += run.end - run.begin;
+    }
+  }
+}
+
+void ParameterStore::initialise(std::uint64_t seed, Backend& backend) {
+  require(backend.device() == Device::CPU, "initial values are written on the host");
+  for (Bucket& bucket : *buckets_) {
+    for (const Id id : bucket.parameters) {
+      const ParameterSpec& spec = specs_[id];
+      const Random random(seed, spec.name);
+      std::vector<double> values(spec.local_shape.elements(), spec.init_constant);
+      if (spec.init_std > 0) {
+        std::int64_t local = 0;
+        for (const GlobalRun& run : spec.runs) {
+#pragma omp parallel for schedule(static)
+          for (std::int64_t i = run.begin; i < run.end; ++i) {
+            values[local + i - run.begin] = spec.init_std * random.truncated_normal(i, 3);
+          }
+          local += run.end - run.begin;
+        }
+      }
+      const Tensor all(values.data(), DType::F64, {static_cast<std::int64_t>(values.size())});
+      backend.convert(all, weight(id).reshape(all.shape), nullptr);
+      if (bucket.master.empty()) continue;
+      for (const OwnedRange& range :
+           bucket.owned) {  // the master keeps the digits that the weight rounds away
+        if (range.parameter != id) continue;
+        backend.convert(all.flat(range.local_begin, range.local_begin + range.length),
+                        bucket.master.flat(range.shard_begin, range.shard_begin + range.length), nullptr);
+      }
+    }
+  }
+}
+
+Tensor ParameterStore::weight(Id id) const {
+  const Bucket& bucket = (*buckets_)[places_[id].bucket];
+  const std::int64_t begin = places_[id].offset;
+  return bucket.weight.flat(begin, begin + specs_[id].local_shape.elements()).reshape(specs_[id].local_shape);
+}
+
+Tensor ParameterStore::gradient(Id id) const {
+  const Bucket& bucket = (*buckets_)[places_[id].bucket];
+  const std::int64_t begin = places_[id].offset;
+  return bucket.gradient.flat(begin, begin + specs_[id].local_shape.elements())
+      .reshape(specs_[id].local_shape);
+}
+
+std::int64_t ParameterStore::local_elements() const {
+  std::int64_t sum = 0;
+  for (const ParameterSpec& spec : specs_) sum += spec.local_shape.elements();
+  return sum;
+}
+
+}  // namespace hybridmoe

@@ -1,0 +1,137 @@
+// The parameters of a model on one rank: weights, gradients and optimizer state in flat buckets, and who owns
+// what.
+//
+// A parameter is stored as an ordered list of runs of its global elements (row-major flat indices). Initial
+// values, optimizer ownership, telemetry rows, checkpoint slices and export all use only that list, so that
+// sharding a parameter adds nothing to any of them. Buckets are laid out in the order in which the backward
+// pass finishes gradients. Each bucket is padded so that the ranks that replicate it own equal shards of it;
+// the optimizer state exists only for the owned shard (ZeRO-1, arXiv 1910.02054).
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/backend.h"
+#include "core/communicator.h"
+#include "core/memory_plan.h"
+#include "core/tensor.h"
+
+namespace hybridmoe {
+
+// Rows of the gradient table are (layer, kind). Order and names are part of the log format
+// (docs/telemetry.md).
+enum class TensorKind : int {
+  AttnNorm,
+  Qkv,
+  QNorm,
+  KNorm,
+  VNorm,
+  CNorm,
+  AttnOut,
+  FfnNorm,
+  Router,
+  Gate,
+  Up,
+  Down,
+  DenseGate,
+  DenseUp,
+  DenseDown,
+  SharedGate,
+  SharedUp,
+  SharedDown,
+  Embedding,
+  FinalNorm,
+  Head,
+  Count
+};
+constexpr int kTensorKinds = static_cast<int>(TensorKind::Count);
+const char* name_of(TensorKind kind);  // "attn_norm"
+
+// Elements [begin, end) of the parameter's global row-major order, all of one kind.
+struct GlobalRun {
+  std::int64_t begin = 0, end = 0;
+  TensorKind kind = TensorKind::Qkv;
+};
+
+struct ParameterSpec {
+  std::string name;  // "layers.3.qkv.weight"
+  Shape global_shape;
+  Shape local_shape;            // of this rank's part
+  std::vector<GlobalRun> runs;  // this rank's part in local order; their lengths add up to local_shape
+  int layer = 0;                // row of the gradient table: 0 .. layers-1, then embedding, final norm, head
+  double init_std = 0;          // of a normal distribution truncated at 3 standard deviations; 0: constant
+  double init_constant = 1;
+  bool decay = true;
+  int ready_stage = 0;  // backward stage after which the gradient is complete; stages count upwards
+  Communicator* replicas = nullptr;  // the ranks that hold the same part
+};
+
+class ParameterStore {
+ public:
+  using Id = int;
+
+  // Declares a parameter; before `plan`.
+  Id add(ParameterSpec spec);
+  // Lays out buckets of about bucket_bytes of gradient and plans their memory: weights in the compute type C,
+  // gradients, moments and (where C is not S) master weights in the statistics type S. With for_training
+  // false: only weights.
+  void plan(MemoryPlan& memory, DType compute, DType statistics, std::int64_t bucket_bytes,
+            bool for_training);
+
+  // Sets every weight to its initial value, a function of (seed, name, global element). After commit.
+  void initialise(std::uint64_t seed, Backend& backend);
+
+  int size() const { return static_cast<int>(specs_.size()); }
+  const ParameterSpec& spec(Id id) const { return specs_[id]; }
+  Id find(const std::string& name) const;  // -1 when there is none
+  Tensor weight(Id id) const;              // local_shape C
+  Tensor gradient(Id id) const;            // local_shape S
+
+  // A run of owned elements of one parameter within its bucket's shard.
+  struct OwnedRange {
+    Id parameter = 0;
+    std::int64_t local_begin = 0;   // element of the parameter's local part
+    std::int64_t global_begin = 0;  // element of the parameter's global order
+    std::int64_t shard_begin = 0;   // element of the bucket's shard
+    std::int64_t length = 0;
+    TensorKind kind = TensorKind::Qkv;
+  };
+  struct Bucket {
+    std::vector<Id> parameters;
+    std::int64_t elements = 0;                    // padded
+    std::int64_t owned_begin = 0, owned_end = 0;  // this rank's shard
+    int ready_stage = 0;                          // all gradients are complete after this stage
+    Communicator* replicas = nullptr;
+    Tensor weight, gradient;  // [elements] C, S
+    Tensor master, m, v;      // [owned] S; master only where C is not S
+    std::vector<OwnedRange> owned;
+    std::vector<Segment> segments;  // owned ranges as the optimizer operators take them
+    Tensor owned_weight() const { return weight.flat(owned_begin, owned_end); }
+    Tensor owned_master() const { return master.empty() ? owned_weight() : master; }
+    Tensor owned_gradient() const { return gradient.flat(owned_begin, owned_end); }
+  };
+  // In the order in which the backward pass completes them.
+  std::vector<Bucket>& buckets() { return *buckets_; }
+  const std::vector<Bucket>& buckets() const { return *buckets_; }
+
+  int table_rows() const { return table_layers_ * kTensorKinds; }
+  int table_layers() const { return table_layers_; }
+  std::int64_t local_elements() const;
+
+ private:
+  void lay_out_owned(Bucket* bucket);
+
+  struct Place {
+    int bucket = 0;
+    std::int64_t offset = 0;
+  };
+  std::vector<ParameterSpec> specs_;
+  std::vector<Place> places_;
+  // Behind a pointer: the memory plan keeps the addresses of its tensors.
+  std::unique_ptr<std::vector<Bucket>> buckets_ = std::make_unique<std::vector<Bucket>>();
+  int table_layers_ = 0;
+};
+
+}  // namespace hybridmoe

@@ -1,0 +1,303 @@
+#include "moe/transformer.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace hybridmoe {
+
+namespace {
+
+// Tokens of an LM head chunk: enough rows for efficient products, few enough to keep the logits within 32 MiB
+// of fp32.
+std::int64_t head_chunk(std::int64_t rows, std::int64_t vocabulary) {
+  constexpr std::int64_t kElements = 8 << 20;
+  return std::clamp<std::int64_t>(kElements / vocabulary, std::min<std::int64_t>(rows, 64),
+                                  std::min<std::int64_t>(rows, 1024));
+}
+
+}  // namespace
+
+Transformer::Transformer(const ModelConfig& model, const OptimizerConfig& optimizer, Backend& backend,
+                         const Groups& groups, RowExchange* exchange, ParameterStore& parameters)
+    : model_(model), machine_{backend, groups}, parameters_(parameters) {
+  const ParameterRules rules(model, optimizer);
+  const std::int64_t d = model.d_model(), vocabulary = model.padded_vocabulary();
+  const int L = model.layers();
+  const std::vector<LayerShape> shapes = resolve_layers(model);
+  Declare embedding(parameters, groups.data, L, L + 1, rules.decay_gains);
+  embedding_ = embedding.matrix("embedding.weight", {vocabulary, d}, rules.hidden, TensorKind::Embedding,
+                                rules.decay_embeddings);
+  for (int l = 0; l < L; ++l) {
+    blocks_.push_back(std::make_unique<Block>(model_, shapes[l], l, rules, machine_, exchange, parameters,
+                                              rope_cos_, rope_sin_));
+  }
+  final_norm_ = Declare(parameters, groups.data, L + 1, 0, rules.decay_gains)
+                    .gain("final_norm.gain", d, TensorKind::FinalNorm);
+  head_ = model.tied_head() ? embedding_
+                            : Declare(parameters, groups.data, L + 2, 0, rules.decay_gains)
+                                  .matrix("head.weight", {vocabulary, d}, rules.head, TensorKind::Head);
+}
+
+void Transformer::plan(MemoryPlan& memory, const Size& size) {
+  size_ = size;
+  const std::int64_t n = size.sequences * size.length, d = model_.d_model();
+  const std::int64_t positions = std::max(size.length, size.cache_positions);
+  const DType C = machine_.backend.compute_type(), S = machine_.backend.statistics_type();
+  memory.add(&rope_cos_, "rope cosines", {positions, model_.head_dim() / 2}, S, "tables");
+  memory.add(&rope_sin_, "rope sines", {positions, model_.head_dim() / 2}, S, "tables");
+  // Without a backward pass two buffers take turns.
+  x_.resize(size.training ? layers() + 1 : 2);
+  for (std::size_t i = 0; i < x_.size(); ++i)
+    memory.add(&x_[i], cat("residual ", i), {n, d}, C, "activations");
+  memory.add(&h_, "final normed", {n, d}, C, "activations");
+  memory.add(&rstd_, "final rstd", {n}, S, "activations");
+  if (size.training) memory.add(&d_, "residual gradient", {n, d}, C, "activations");
+  memory.add(&head_sums_, "head sums", {kHeadSums}, DType::F64, "statistics");
+  for (auto& block : blocks_) {
+    block->plan(memory, size.sequences, size.length, size.training, size.training && !model_.recompute(),
+                size.cache_positions);
+  }
+  chunk_ = head_chunk(size.cache_positions > 0 ? 1 : n, model_.padded_vocabulary());
+  MemoryPlan::Scope head(memory);
+  memory.add(&logits_, "logits", {chunk_, model_.padded_vocabulary()}, S, "workspace");
+  if (size.training && C != S)
+    memory.add(&dlogits_, "dlogits", {chunk_, model_.padded_vocabulary()}, C, "workspace");
+  for (Tensor* tensor : {&max_, &local_max_, &sumexp_, &target_logit_}) {
+    memory.add(tensor, "head statistics", {chunk_}, S, "workspace");
+  }
+}
+
+void Transformer::prepare() {
+  require(machine_.backend.device() == Device::CPU, "the RoPE tables are written on the host");
+  const std::int64_t half = model_.head_dim() / 2;
+  // Angles in double: in fp32 they are off by 2e-4 rad at position 4096.
+  const auto fill = [&]<class T>(T* cosines, T* sines) {
+    for (std::int64_t p = 0; p < rope_cos_.rows(); ++p) {
+      for (std::int64_t i = 0; i < half; ++i) {
+        const double angle =
+            static_cast<double>(p) * std::pow(model_.rope_theta(), -static_cast<double>(i) / half);
+        cosines[p * half + i] = static_cast<T>(std::cos(angle));
+        sines[p * half + i] = static_cast<T>(std::sin(angle));
+      }
+    }
+  };
+  if (rope_cos_.dtype == DType::F64) {
+    fill(rope_cos_.ptr<double>(), rope_sin_.ptr<double>());
+  } else {
+    fill(rope_cos_.ptr<float>(), rope_sin_.ptr<float>());
+  }
+}
+
+Tensor Transformer::layer_input(int layer, std::int64_t rows) const {
+  return x_[size_.training ? layer : layer % 2].rows(0, rows);
+}
+
+void Transformer::forward(const Pass& pass, const Tensor& tokens) {
+  const std::int64_t n = pass.rows();
+  machine_.backend.embedding_forward(
+      {.tokens = tokens, .weight = parameters_.weight(embedding_), .y = layer_input(0, n)}, pass.stream);
+  for (int l = 0; l < layers(); ++l) blocks_[l]->forward(pass, layer_input(l, n), layer_input(l + 1, n));
+  machine_.backend.residual_norm_forward({.x = layer_input(layers(), n),
+                                          .gain = parameters_.weight(final_norm_),
+                                          .eps = model_.norm_eps(),
+                                          .y = h_.rows(0, n),
+                                          .rstd = rstd_.rows(0, n)},
+                                         pass.stream);
+}
+
+void Transformer::head_partial(const Pass& pass, const MicroBatch& batch, std::int64_t begin,
+                               std::int64_t end, HeadFinish* finish) {
+  const std::int64_t c = end - begin;
+  Communicator& tensor = *machine_.groups.tensor;
+  finish->h = h_.rows(begin, end);
+  finish->weight = parameters_.weight(head_);
+  finish->targets = batch.targets.rows(begin, end);
+  finish->logits = logits_.rows(0, c);
+  finish->max = max_.rows(0, c);
+  finish->sumexp = sumexp_.rows(0, c);
+  finish->target_logit = target_logit_.rows(0, c);
+  const Tensor local_max = local_max_.rows(0, c);
+  machine_.backend.head_partial({.h = finish->h,
+                                 .weight = finish->weight,
+                                 .targets = finish->targets,
+                                 .valid_rows = model_.vocabulary(),
+                                 .logits = finish->logits,
+                                 .max = local_max,
+                                 .sumexp = finish->sumexp,
+                                 .target_logit = finish->target_logit},
+                                pass.stream);
+  machine_.backend.convert(local_max, finish->max, pass.stream);
+  tensor.all_reduce(finish->max, ReduceOp::Max, "logit maximum").wait();
+  machine_.backend.head_rescale({local_max, finish->max, finish->sumexp}, pass.stream);
+  const Event sum = tensor.all_reduce(finish->sumexp, ReduceOp::Sum, "logit sums");
+  tensor.all_reduce(finish->target_logit, ReduceOp::Sum, "target logits").wait();
+  sum.wait();
+}
+
+void Transformer::run_head(const Pass& pass, const MicroBatch& batch, double scale, bool gradient,
+                           const Tensor& token_loss) {
+  const std::int64_t n = pass.rows();
+  for (std::int64_t begin = 0; begin < n; begin += chunk_) {
+    const std::int64_t end = std::min(n, begin + chunk_);
+    HeadFinish finish;
+    head_partial(pass, batch, begin, end, &finish);
+    finish.scale = scale;
+    finish.sums = head_sums_;
+    if (!token_loss.empty()) finish.token_loss = token_loss.rows(begin, end);
+    if (gradient) {
+      if (!dlogits_.empty()) finish.dlogits = dlogits_.rows(0, end - begin);
+      finish.dh = d_.rows(begin, end);
+      finish.dweight = parameters_.gradient(head_);
+    }
+    machine_.backend.head_finish(finish, pass.stream);
+  }
+}
+
+void Transformer::start_statistics() {
+  machine_.backend.zero(head_sums_, nullptr);
+  for (auto& block : blocks_) {
+    machine_.backend.zero(block->attention().logit_max(), nullptr);
+    if (MoeLayer* moe = block->moe()) machine_.backend.zero(moe->router_statistics().logit_max, nullptr);
+  }
+}
+
+void Transformer::forward_backward(const MicroBatch& batch, const LossScale& scale,
+                                   ModelStatistics* statistics, const std::function<void(int)>& on_stage) {
+  Backend& be = machine_.backend;
+  Pass pass;
+  pass.batch = batch.sequences;
+  pass.queries = batch.length;
+  pass.doc_start = batch.doc_start;
+  pass.stream = be.main_stream();
+  const std::int64_t n = pass.rows();
+  start_statistics();
+
+  pass.statistics = true;
+  forward(pass, batch.tokens);
+  run_head(pass, batch, scale.cross_entropy, true, {});
+  pass.statistics = false;
+
+  const Tensor d = d_.rows(0, n);
+  be.residual_norm_backward({.dy = d,
+                             .sum = layer_input(layers(), n),
+                             .rstd = rstd_.rows(0, n),
+                             .gain = parameters_.weight(final_norm_),
+                             .dsum = d,
+                             .dgain = parameters_.gradient(final_norm_)},
+                            pass.stream);
+  if (on_stage) on_stage(0);
+  for (int l = layers() - 1; l >= 0; --l) {
+    const Tensor x = layer_input(l, n);
+    if (model_.recompute()) {
+      Pass again = pass;
+      again.recomputing = true;
+      // The block's output is known already; h_ is free by now and takes what is written a second time.
+      blocks_[l]->forward(again, x, h_.rows(0, n));
+    }
+    blocks_[l]->backward(pass, scale, x, d);
+    if (on_stage) on_stage(layers() - l);
+  }
+  be.embedding_backward({.tokens = batch.tokens, .dy = d, .dweight = parameters_.gradient(embedding_)},
+                        pass.stream);
+  if (on_stage) on_stage(layers() + 1);
+  collect(scale, statistics);
+}
+
+void Transformer::evaluate(const MicroBatch& batch, ModelStatistics* statistics, const Tensor& token_loss) {
+  Pass pass;
+  pass.batch = batch.sequences;
+  pass.queries = batch.length;
+  pass.doc_start = batch.doc_start;
+  pass.stream = machine_.backend.main_stream();
+  machine_.backend.zero(head_sums_, pass.stream);
+  forward(pass, batch.tokens);
+  run_head(pass, batch, 1, false, token_loss);
+  machine_.backend.synchronize(pass.stream);
+  const double* sums = head_sums_.ptr<double>();
+  statistics->cross_entropy += sums[kHeadCrossEntropy];
+  statistics->targets += sums[kHeadTargets];
+  statistics->lse += sums[kHeadLse];
+}
+
+Tensor Transformer::next_token_logits(const Tensor& tokens, std::int64_t first_position) {
+  require(size_.cache_positions > 0, "generation needs a model planned with a cache");
+  require(tokens.rows() <= size_.length && first_position + tokens.rows() <= size_.cache_positions,
+          "positions ", first_position, "..", first_position + tokens.rows(), " do not fit the cache of ",
+          size_.cache_positions);
+  Pass pass;
+  pass.queries = tokens.rows();
+  pass.first_position = first_position;
+  pass.stream = machine_.backend.main_stream();
+  forward(pass, tokens);
+  const std::int64_t last = tokens.rows() - 1;
+  const Tensor logits = logits_.rows(0, 1);
+  machine_.backend.linear_forward(
+      {.x = h_.rows(last, last + 1), .weight = parameters_.weight(head_), .y = logits}, pass.stream);
+  machine_.backend.synchronize(pass.stream);
+  return logits.reshape({logits.elements()}).rows(0, model_.vocabulary());
+}
+
+void Transformer::collect(const LossScale& scale, ModelStatistics* statistics) {
+  machine_.backend.synchronize(machine_.backend.main_stream());
+  const double* sums = head_sums_.ptr<double>();
+  statistics->cross_entropy += sums[kHeadCrossEntropy];
+  statistics->targets += sums[kHeadTargets];
+  statistics->lse += sums[kHeadLse];
+  statistics->attn_logit_max.resize(layers());
+  for (int l = 0; l < layers(); ++l) {
+    double& most = statistics->attn_logit_max[l];
+    most = std::max(most, *blocks_[l]->attention().logit_max().ptr<double>());
+  }
+  const MoeConfig& moe = model_.moe();
+  const double n = static_cast<double>(scale.global_tokens), k = moe.top_k();
+  const auto layers_of_moe = moe_layers();
+  statistics->moe.resize(layers_of_moe.size());
+  for (std::size_t i = 0; i < layers_of_moe.size(); ++i) {
+    RouterStatistics& router = layers_of_moe[i]->router_statistics();
+    ModelStatistics::MoeLayer& total = statistics->moe[i];
+    total.layer = layers_of_moe[i]->index();
+    total.counts.resize(moe.experts());
+    const double *counts = router.counts.ptr<double>(), *probs = router.prob_sum.ptr<double>();
+    double dot = 0;
+    for (int e = 0; e < moe.experts(); ++e) {
+      total.counts[e] += counts[e];
+      dot += counts[e] * probs[e] / n;
+    }
+    const double lse_squares = router.sums.ptr<double>()[kRouterLseSquares];
+    total.lse_squares += lse_squares;
+    total.entropy += router.sums.ptr<double>()[kRouterEntropy];
+    total.logit_max = std::max(total.logit_max, *router.logit_max.ptr<double>());
+    total.dropped += router.dropped;
+    const double share = 1.0 / (scale.moe_layers * scale.micro_batches);
+    statistics->balance_loss += share * moe.balance_loss() * moe.experts() / (n * k) * dot;
+    statistics->z_loss += share * moe.z_loss() / (n * (moe.z_loss_over_top_k() ? k : 1)) * lse_squares;
+  }
+}
+
+std::vector<MoeLayer*> Transformer::moe_layers() {
+  std::vector<MoeLayer*> result;
+  for (auto& block : blocks_) {
+    if (MoeLayer* moe = block->moe()) result.push_back(moe);
+  }
+  return result;
+}
+
+double Transformer::training_flops_per_token(std::int64_t length) const {
+  const double d = model_.d_model(), dk = model_.head_dim(), heads = model_.heads(), kv = model_.kv_heads();
+  double weights = d * model_.padded_vocabulary();
+  for (const auto& block : blocks_) {
+    weights += d * dk * (2 * heads + 2 * kv);
+    if (block->moe() == nullptr) {
+      weights += 3 * d * model_.dense_hidden();
+      continue;
+    }
+    const MoeConfig& moe = model_.moe();
+    weights += d * moe.experts() + 3 * d * moe.expert_hidden() * moe.top_k() +
+               3 * d * moe.shared_experts() * static_cast<double>(moe.shared_hidden());
+  }
+  // Two products over (length + 1) / 2 keys on average forward; their four in the backward pass.
+  const double attention = layers() * heads * dk * 2 * (static_cast<double>(length) + 1) / 2;
+  return 6 * (weights + attention);
+}
+
+}  // namespace hybridmoe
