@@ -1,7 +1,9 @@
 #include "core/parameter_store.h"
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
+#include <utility>
 
 #include "core/random.h"
 
@@ -13,15 +15,6 @@ constexpr std::int64_t kAlign = 64;
 std::int64_t round_up(std::int64_t value, std::int64_t step) { return (value + step - 1) / step * step; }
 }  // namespace
 
-const char* name_of(TensorKind kind) {
-  static constexpr const char* kNames[] = {
-      "attn_norm",  "qkv",         "q_norm",    "k_norm",      "v_norm",    "c_norm",     "attn_out",
-      "ffn_norm",   "router",      "gate",      "up",          "down",      "dense_gate", "dense_up",
-      "dense_down", "shared_gate", "shared_up", "shared_down", "embedding", "final_norm", "head"};
-  static_assert(std::size(kNames) == kTensorKinds);
-  return kNames[static_cast<int>(kind)];
-}
-
 ParameterStore::Id ParameterStore::add(ParameterSpec spec) {
   require(buckets_->empty(), "parameter ", spec.name, " is declared after the layout was planned");
   std::int64_t length = 0;
@@ -29,7 +22,6 @@ ParameterStore::Id ParameterStore::add(ParameterSpec spec) {
   require(length == spec.local_shape.elements(), "parameter ", spec.name, ": its runs hold ", length,
           " elements, its local shape ", spec.local_shape.str());
   require(find(spec.name) < 0, "parameter ", spec.name, " is declared twice");
-  table_layers_ = std::max(table_layers_, spec.layer + 1);
   specs_.push_back(std::move(spec));
   return size() - 1;
 }
@@ -43,6 +35,7 @@ ParameterStore::Id ParameterStore::find(const std::string& name) const {
 
 void ParameterStore::plan(MemoryPlan& memory, DType compute, DType statistics, std::int64_t bucket_bytes,
                           bool for_training) {
+  lay_out_table();
   std::vector<Id> order(size());
   std::iota(order.begin(), order.end(), 0);
   // Last declared first within a stage: the order in which the backward pass reaches them.
@@ -82,6 +75,24 @@ void ParameterStore::plan(MemoryPlan& memory, DType compute, DType statistics, s
   }
 }
 
+void ParameterStore::lay_out_table() {
+  for (const ParameterSpec& spec : specs_) {
+    for (const GlobalRun& run : spec.runs) {
+      const GradientRow row{spec.layer, run.kind};
+      if (std::find(table_.begin(), table_.end(), row) == table_.end()) table_.push_back(row);
+    }
+  }
+  const auto key = [](const GradientRow& row) {
+    return std::pair(row.layer < 0 ? std::numeric_limits<int>::max() : row.layer, row.kind);
+  };
+  std::sort(table_.begin(), table_.end(),
+            [&](const GradientRow& a, const GradientRow& b) { return key(a) < key(b); });
+}
+
+int ParameterStore::row_of(int layer, TensorKind kind) const {
+  return static_cast<int>(std::find(table_.begin(), table_.end(), GradientRow{layer, kind}) - table_.begin());
+}
+
 void ParameterStore::lay_out_owned(Bucket* bucket) {
   for (const Id id : bucket->parameters) {
     const ParameterSpec& spec = specs_[id];
@@ -94,7 +105,7 @@ void ParameterStore::lay_out_owned(Bucket* bucket) {
         bucket->owned.push_back(
             {id, local + skipped, run.begin + skipped, begin - bucket->owned_begin, end - begin, run.kind});
         bucket->segments.push_back({begin - bucket->owned_begin, end - bucket->owned_begin,
-                                    spec.layer * kTensorKinds + static_cast<int>(run.kind), spec.decay});
+                                    row_of(spec.layer, run.kind), spec.decay});
       }
       local += run.end - run.begin;
     }

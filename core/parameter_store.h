@@ -17,37 +17,9 @@
 #include "core/communicator.h"
 #include "core/memory_plan.h"
 #include "core/tensor.h"
+#include "core/tensor_kind.h"
 
 namespace hybridmoe {
-
-// Rows of the gradient table are (layer, kind). Order and names are part of the log format
-// (docs/telemetry.md).
-enum class TensorKind : int {
-  AttnNorm,
-  Qkv,
-  QNorm,
-  KNorm,
-  VNorm,
-  CNorm,
-  AttnOut,
-  FfnNorm,
-  Router,
-  Gate,
-  Up,
-  Down,
-  DenseGate,
-  DenseUp,
-  DenseDown,
-  SharedGate,
-  SharedUp,
-  SharedDown,
-  Embedding,
-  FinalNorm,
-  Head,
-  Count
-};
-constexpr int kTensorKinds = static_cast<int>(TensorKind::Count);
-const char* name_of(TensorKind kind);  // "attn_norm"
 
 // Elements [begin, end) of the parameter's global row-major order, all of one kind.
 struct GlobalRun {
@@ -60,7 +32,7 @@ struct ParameterSpec {
   Shape global_shape;
   Shape local_shape;            // of this rank's part
   std::vector<GlobalRun> runs;  // this rank's part in local order; their lengths add up to local_shape
-  int layer = 0;                // row of the gradient table: 0 .. layers-1, then embedding, final norm, head
+  int layer = -1;               // -1: embedding, final norm, head
   double init_std = 0;          // of a normal distribution truncated at 3 standard deviations; 0: constant
   double init_constant = 1;
   bool decay = true;
@@ -116,12 +88,15 @@ class ParameterStore {
   std::vector<Bucket>& buckets() { return *buckets_; }
   const std::vector<Bucket>& buckets() const { return *buckets_; }
 
-  int table_rows() const { return table_layers_ * kTensorKinds; }
-  int table_layers() const { return table_layers_; }
+  // What the rows of the gradient table (core/operators/optimizer.h) stand for, the same on every rank: by
+  // layer, then kind, what belongs to no layer last.
+  const std::vector<GradientRow>& table() const { return table_; }
   std::int64_t local_elements() const;
 
  private:
   void lay_out_owned(Bucket* bucket);
+  void lay_out_table();
+  int row_of(int layer, TensorKind kind) const;
 
   struct Place {
     int bucket = 0;
@@ -131,7 +106,7 @@ class ParameterStore {
   std::vector<Place> places_;
   // Behind a pointer: the memory plan keeps the addresses of its tensors.
   std::unique_ptr<std::vector<Bucket>> buckets_ = std::make_unique<std::vector<Bucket>>();
-  int table_layers_ = 0;
+  std::vector<GradientRow> table_;
 };
 
 }  // namespace hybridmoe

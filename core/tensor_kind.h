@@ -39,4 +39,11 @@ inline const char* name_of(TensorKind kind) {
   return names[static_cast<int>(kind)];
 }
 
+// A row of the gradient table: all tensors of one kind in one layer (layer -1: of the model).
+struct GradientRow {
+  int layer = -1;
+  TensorKind kind = TensorKind::Embedding;
+  bool operator==(const GradientRow&) const = default;
+};
+
 }  // namespace hybridmoe

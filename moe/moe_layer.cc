@@ -31,9 +31,9 @@ MoeLayer::MoeLayer(const ModelConfig& model, const LayerShape& shape, int index,
   declare_norm(declare);
   router_ = declare.matrix(name_ + ".router.weight", {experts, d}, rules.hidden, TensorKind::Router);
   gate_up_ = declare_experts.gate_up(name_ + ".experts.gate_up.weight", experts, hidden, d, rules.hidden,
-                                     TensorKind::Gate, TensorKind::Up);
+                                     TensorKind::ExpertGate, TensorKind::ExpertUp);
   down_ = declare_experts.matrix(name_ + ".experts.down.weight", {experts, hidden, d}, rules.residual,
-                                 TensorKind::Down);
+                                 TensorKind::ExpertDown);
   if (moe_.shared_experts() > 0) {
     shared_.emplace(name_ + ".shared", d,
                     moe_.shared_experts() * static_cast<std::int64_t>(moe_.shared_hidden()),

@@ -24,17 +24,17 @@ Transformer::Transformer(const ModelConfig& model, const OptimizerConfig& optimi
   const std::int64_t d = model.d_model(), vocabulary = model.padded_vocabulary();
   const int L = model.layers();
   const std::vector<LayerShape> shapes = resolve_layers(model);
-  Declare embedding(parameters, groups.data, L, L + 1, rules.decay_gains);
+  Declare embedding(parameters, groups.data, -1, L + 1, rules.decay_gains);
   embedding_ = embedding.matrix("embedding.weight", {vocabulary, d}, rules.hidden, TensorKind::Embedding,
                                 rules.decay_embeddings);
   for (int l = 0; l < L; ++l) {
     blocks_.push_back(std::make_unique<Block>(model_, shapes[l], l, rules, machine_, exchange, parameters,
                                               rope_cos_, rope_sin_));
   }
-  final_norm_ = Declare(parameters, groups.data, L + 1, 0, rules.decay_gains)
+  final_norm_ = Declare(parameters, groups.data, -1, 0, rules.decay_gains)
                     .gain("final_norm.gain", d, TensorKind::FinalNorm);
   head_ = model.tied_head() ? embedding_
-                            : Declare(parameters, groups.data, L + 2, 0, rules.decay_gains)
+                            : Declare(parameters, groups.data, -1, 0, rules.decay_gains)
                                   .matrix("head.weight", {vocabulary, d}, rules.head, TensorKind::Head);
 }
 

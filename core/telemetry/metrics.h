@@ -57,12 +57,6 @@ inline std::span<std::uint64_t> metric_counts(StepRecord* record, const Metric& 
   return {record->mutable_count()->mutable_data() + metric.column, static_cast<std::size_t>(metric.size)};
 }
 
-// A row of the gradient table: all tensors of one kind in one layer (layer -1: of the model).
-struct GradientRow {
-  int layer = -1;
-  TensorKind kind = TensorKind::Embedding;
-};
-
 // What the model looks like to the metrics.
 struct ModelRows {
   int layers = 0;

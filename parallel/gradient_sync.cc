@@ -1,0 +1,35 @@
+#include "parallel/gradient_sync.h"
+
+namespace hybridmoe {
+
+void GradientSync::stage_done(int stage) {
+  auto& buckets = parameters_.buckets();
+  // Buckets lie in the order of their stages, so a bucket waits for those before it on every rank alike.
+  while (started_ < buckets.size() && buckets[started_].ready_stage <= stage) {
+    ParameterStore::Bucket& bucket = buckets[started_++];
+    gradients_.push_back(
+        bucket.replicas->reduce_scatter(bucket.gradient, bucket.owned_gradient(), "gradient reduce-scatter"));
+  }
+}
+
+void GradientSync::wait_gradients() {
+  require(started_ == parameters_.buckets().size(),
+          "gradients are awaited before the backward pass completed");
+  for (const Event& event : gradients_) event.wait();
+  gradients_.clear();
+  started_ = 0;
+}
+
+void GradientSync::gather_weights() {
+  for (ParameterStore::Bucket& bucket : parameters_.buckets()) {
+    weights_.push_back(
+        bucket.replicas->all_gather(bucket.owned_weight(), bucket.weight, "weight all-gather"));
+  }
+}
+
+void GradientSync::wait_weights() {
+  for (const Event& event : weights_) event.wait();
+  weights_.clear();
+}
+
+}  // namespace hybridmoe
