@@ -1,0 +1,294 @@
+#include "launcher/trainer.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <numbers>
+
+#include "core/schedule.h"
+
+namespace hybridmoe {
+
+namespace {
+
+// Behind the gradient table in the step's sums.
+enum StepSum : int { kCrossEntropy, kStop, kStepSums };
+
+class Stopwatch {
+ public:
+  double lap() {
+    const auto now = std::chrono::steady_clock::now();
+    const double seconds = std::chrono::duration<double>(now - last_).count();
+    last_ = now;
+    return seconds;
+  }
+
+ private:
+  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+};
+
+}  // namespace
+
+Trainer::Trainer(const Config& config, const Dataset& data, Backend& backend, const Groups& groups,
+                 RowExchange* exchange)
+    : config_(config),
+      data_(data),
+      backend_(backend),
+      groups_(groups),
+      model_(config.model(), config.optimizer(), backend, groups, exchange, parameters_),
+      sync_(parameters_),
+      length_(config.model().sequence_length()) {
+  const BatchConfig& batch = config.batch();
+  const std::int64_t ranks = groups.data->size();
+  require(batch.micro_batch_sequences() % ranks == 0, "batch.micro_batch_sequences: ", batch.micro_batch_sequences(),
+          " sequences cannot be split over ", ranks, " data-parallel ranks");
+  micro_batches_ = batch.sequences() / batch.micro_batch_sequences();
+  local_sequences_ = batch.micro_batch_sequences() / ranks;
+
+  parameters_.plan(memory_, backend.compute_type(), backend.statistics_type(), config.parallel().bucket_bytes(), true);
+  model_.plan(memory_, {.sequences = local_sequences_, .length = length_});
+  const std::int64_t tokens = micro_batches_ * local_sequences_ * length_;
+  memory_.add(&tokens_, "tokens", {tokens}, DType::I32, "batch");
+  memory_.add(&targets_, "targets", {tokens}, DType::I32, "batch");
+  memory_.add(&doc_start_, "document starts", {tokens}, DType::I32, "batch");
+  const auto rows = static_cast<std::int64_t>(parameters_.table().size());
+  memory_.add(&sums_, "step sums", {rows * kGradColumns + kStepSums}, DType::F64, "statistics");
+  memory_.add(&scalars_, "step scalars", {kStepScalars}, DType::F64, "statistics");
+}
+
+void Trainer::start() {
+  memory_.commit(backend_);
+  model_.prepare();
+  parameters_.initialise(config_.seed(), backend_);
+}
+
+void Trainer::load_samples(std::int64_t first) {
+  const std::int64_t per_micro_batch = config_.batch().micro_batch_sequences();
+  for (std::int64_t m = 0; m < micro_batches_; ++m) {
+    for (std::int64_t s = 0; s < local_sequences_; ++s) {
+      const std::int64_t sample = first + m * per_micro_batch + groups_.data->rank() * local_sequences_ + s;
+      const std::int64_t at = (m * local_sequences_ + s) * length_;
+      data_.training_sample(sample, tokens_.ptr<std::int32_t>() + at, targets_.ptr<std::int32_t>() + at,
+                            doc_start_.ptr<std::int32_t>() + at);
+    }
+  }
+}
+
+MicroBatch Trainer::micro_batch(std::int64_t index) const {
+  const std::int64_t begin = index * local_sequences_ * length_, end = begin + local_sequences_ * length_;
+  MicroBatch batch;
+  batch.tokens = tokens_.rows(begin, end);
+  batch.targets = targets_.rows(begin, end);
+  if (config_.data().document_mask()) batch.doc_start = doc_start_.rows(begin, end);
+  batch.sequences = local_sequences_;
+  batch.length = length_;
+  return batch;
+}
+
+StepResult Trainer::step(bool stop) {
+  StepResult result;
+  Stopwatch total, watch;
+  result.step = progress_.step + 1;
+  result.samples_begin = progress_.samples_consumed;
+  result.samples_end = result.samples_begin + config_.batch().sequences();
+  result.tokens = tokens_per_step();
+  std::string error;
+  try {
+    load_samples(result.samples_begin);
+  } catch (const Error& bad_data) {
+    error = bad_data.what();
+  }
+  groups_.world->agree(error, "training samples");
+  result.seconds.data = watch.lap();
+
+  run_micro_batches(&result);
+  reduce_sums(stop, &result);
+  update(&result);
+
+  progress_.step = result.step;
+  progress_.samples_consumed = result.samples_end;
+  if (!result.skipped) {
+    ++progress_.applied_steps;
+    update_biases(result);
+  }
+  result.seconds.total = total.lap();
+  return result;
+}
+
+void Trainer::run_micro_batches(StepResult* result) {
+  Stopwatch watch;
+  for (auto& bucket : parameters_.buckets()) backend_.zero(bucket.gradient, nullptr);
+  // The mean runs over the unmasked targets of the whole step.
+  std::int64_t targets = 0;
+  for (std::int64_t i = 0; i < targets_.elements(); ++i) targets += targets_.ptr<std::int32_t>()[i] >= 0;
+  groups_.data->all_reduce(Tensor(&targets, DType::I64, {1}), ReduceOp::Sum, "target count").wait();
+  LossScale scale;
+  scale.cross_entropy = targets > 0 ? 1 / static_cast<double>(targets) : 0;
+  scale.global_tokens = config_.batch().micro_batch_sequences() * length_;
+  scale.micro_batches = micro_batches_;
+  scale.moe_layers = std::max<int>(1, static_cast<int>(model_.moe_layers().size()));
+  ModelStatistics& statistics = result->model;
+  result->seconds.data += watch.lap();
+  for (std::int64_t m = 0; m < micro_batches_; ++m) {
+    const bool last = m + 1 == micro_batches_;
+    model_.forward_backward(micro_batch(m), scale, &statistics, [&](int stage) {
+      if (stage == 0) result->seconds.forward += watch.lap();
+      if (last) sync_.stage_done(stage);
+    });
+    result->seconds.backward += watch.lap();
+  }
+  statistics.targets = static_cast<double>(targets);
+}
+
+void Trainer::reduce_sums(bool stop, StepResult* result) {
+  Stopwatch watch;
+  sync_.wait_gradients();
+  result->seconds.communication += watch.lap();
+  const auto rows = static_cast<std::int64_t>(parameters_.table().size());
+  const Tensor table = sums_.flat(0, rows * kGradColumns).reshape({rows, kGradColumns});
+  backend_.zero(sums_, nullptr);
+  for (auto& bucket : parameters_.buckets()) {
+    backend_.grad_table({.grad = bucket.owned_gradient(), .segments = &bucket.segments, .table = table}, nullptr);
+  }
+  double* extra = sums_.ptr<double>() + rows * kGradColumns;
+  extra[kCrossEntropy] = result->model.cross_entropy;
+  extra[kStop] = stop ? 1 : 0;
+  result->seconds.optimizer += watch.lap();
+  groups_.world->all_reduce(sums_, ReduceOp::Sum, "step sums").wait();
+  result->seconds.communication += watch.lap();
+
+  result->model.cross_entropy = extra[kCrossEntropy];
+  result->cross_entropy = result->model.targets > 0 ? extra[kCrossEntropy] / result->model.targets : 0;
+  result->balance_loss = result->model.balance_loss;
+  result->z_loss = result->model.z_loss;
+  result->loss = result->cross_entropy + result->balance_loss + result->z_loss;
+  result->stop_requested = extra[kStop] > 0;
+  for (std::int64_t row = 0; row < rows; ++row) {
+    result->grad_squares.push_back(table.ptr<double>()[row * kGradColumns + kGradSquares]);
+    result->nonfinite.push_back(table.ptr<double>()[row * kGradColumns + kGradNonfinite]);
+  }
+}
+
+void Trainer::update(StepResult* result) {
+  Stopwatch watch;
+  const OptimizerConfig& optimizer = config_.optimizer();
+  const auto rows = static_cast<std::int64_t>(parameters_.table().size());
+  result->learning_rate = learning_rate(config_, result->step);
+  backend_.step_scalars({.table = sums_.flat(0, rows * kGradColumns).reshape({rows, kGradColumns}),
+                         .max_norm = optimizer.clip_norm(),
+                         .learning_rate = result->learning_rate,
+                         .beta1 = optimizer.beta1(),
+                         .beta2 = optimizer.beta2(),
+                         .applied_steps = progress_.applied_steps,
+                         .scalars = scalars_},
+                        nullptr);
+  for (auto& bucket : parameters_.buckets()) {
+    backend_.adamw({.grad = bucket.owned_gradient(),
+                    .master = bucket.owned_master(),
+                    .weight = bucket.owned_weight(),
+                    .m = bucket.m,
+                    .v = bucket.v,
+                    .segments = &bucket.segments,
+                    .scalars = scalars_,
+                    .beta1 = optimizer.beta1(),
+                    .beta2 = optimizer.beta2(),
+                    .eps = optimizer.eps(),
+                    .weight_decay = optimizer.weight_decay()},
+                   nullptr);
+  }
+  backend_.synchronize(nullptr);
+  result->seconds.optimizer += watch.lap();
+  sync_.gather_weights();
+  sync_.wait_weights();
+  result->seconds.communication += watch.lap();
+  const double* scalars = scalars_.ptr<double>();
+  result->grad_norm = scalars[kGradNorm];
+  result->clip_factor = scalars[kClipFactor];
+  result->skipped = scalars[kSkip] != 0;
+}
+
+std::vector<Tensor> Trainer::router_biases() {
+  std::vector<Tensor> biases;
+  for (MoeLayer* layer : model_.moe_layers()) {
+    if (!layer->bias().empty()) biases.push_back(layer->bias());
+  }
+  return biases;
+}
+
+// b += γ · sign(mean load - load), with the integer load of the step's batch; sign(0) = 0.
+void Trainer::update_biases(const StepResult& result) {
+  const double gamma = config_.model().moe().router().bias_update();
+  const std::vector<Tensor> biases = router_biases();
+  for (std::size_t i = 0; i < biases.size(); ++i) {
+    const std::vector<double>& load = result.model.moe[i].counts;
+    double total = 0;
+    for (const double count : load) total += count;
+    for (std::size_t e = 0; e < load.size(); ++e) {
+      // Compared as integers, total against experts · load: the mean need not be representable.
+      const double excess = total - static_cast<double>(load.size()) * load[e];
+      const double change = gamma * (excess > 0 ? 1 : excess < 0 ? -1 : 0);
+      if (biases[i].dtype == DType::F64) {
+        biases[i].ptr<double>()[e] += change;
+      } else {
+        biases[i].ptr<float>()[e] += static_cast<float>(change);
+      }
+    }
+  }
+}
+
+Evaluation Trainer::evaluate() {
+  const std::int64_t available = data_.held_out_samples();
+  const std::int64_t wanted = config_.evaluation().sequences();
+  const std::int64_t count = wanted > 0 ? std::min(wanted, available) : available;
+  Communicator& data = *groups_.data;
+  ModelStatistics statistics;
+  double bytes = 0;
+  bool bytes_known = true;
+  std::string error;
+  // All ranks run the same number of micro-batches; what is beyond the end is masked.
+  const std::int64_t per_round = local_sequences_ * data.size();
+  for (std::int64_t round = 0; round * per_round < count; ++round) {
+    for (std::int64_t s = 0; s < local_sequences_; ++s) {
+      const std::int64_t sample = round * per_round + data.rank() * local_sequences_ + s;
+      std::int32_t* targets = targets_.ptr<std::int32_t>() + s * length_;
+      try {
+        data_.held_out_sample(std::min(sample, count - 1), tokens_.ptr<std::int32_t>() + s * length_, targets,
+                              doc_start_.ptr<std::int32_t>() + s * length_);
+        if (sample >= count) {
+          std::fill_n(targets, length_, -1);
+          continue;
+        }
+        const std::int64_t sample_bytes = data_.held_out_target_bytes(sample);
+        bytes_known = bytes_known && sample_bytes >= 0;
+        bytes += static_cast<double>(sample_bytes);
+      } catch (const Error& bad_data) {
+        error = bad_data.what();
+      }
+    }
+    groups_.world->agree(error, "held-out samples");
+    model_.evaluate(micro_batch(0), &statistics, {});
+  }
+  double sums[] = {statistics.cross_entropy, statistics.targets, bytes, bytes_known ? 0.0 : 1.0};
+  data.all_reduce(Tensor(sums, DType::F64, {4}), ReduceOp::Sum, "evaluation sums").wait();
+  Evaluation result;
+  result.step = progress_.step;
+  result.sequences = count;
+  result.tokens = static_cast<std::int64_t>(sums[1]);
+  result.loss = sums[1] > 0 ? sums[0] / sums[1] : 0;
+  if (sums[3] == 0 && sums[2] > 0) result.bits_per_byte = sums[0] / std::numbers::ln2 / sums[2];
+  return result;
+}
+
+void Trainer::restored() {
+  for (auto& bucket : parameters_.buckets()) {
+    if (!bucket.master.empty()) backend_.convert(bucket.master, bucket.owned_weight(), nullptr);
+  }
+  sync_.gather_weights();
+  sync_.wait_weights();
+}
+
+double Trainer::flops_per_step() const {
+  return model_.training_flops_per_token(length_) * static_cast<double>(tokens_per_step());
+}
+
+}  // namespace hybridmoe
