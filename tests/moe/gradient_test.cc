@@ -136,7 +136,7 @@ TEST_P(Recomputation, TwoRunsGiveTheSameBits) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Types, Recomputation, ::testing::Values(F64),
+INSTANTIATE_TEST_SUITE_P(Types, Recomputation, ::testing::Values(F64, F32, BF16),
                          [](const auto& each) { return Precision_Name(each.param); });
 
 }  // namespace
