@@ -32,20 +32,30 @@ void for_chunks(std::string_view bytes, const Use& use) {
 }
 
 void write_array(AtomicFile* file, const ShardArray& array, ShardTable::Array* entry) {
-  require(array.data.contiguous() && array.data.device == Device::CPU, "array ", array.name,
-          ": a contiguous tensor in host memory was expected");
   const std::int64_t gap = (kAlignment - file->bytes() % kAlignment) % kAlignment;
   file->write(std::string(static_cast<std::size_t>(gap), '\0'));
   entry->set_name(array.name);
-  entry->set_dtype(name_of(array.data.dtype));
-  for (int i = 0; i < array.data.shape.rank; ++i) entry->add_shape(array.data.shape[i]);
   entry->set_offset(file->bytes());
-  entry->set_bytes(array.data.bytes());
   Xxh3Stream hash;
-  for_chunks(bytes_of(array.data), [&](std::string_view part) {
-    hash.add(part);
-    file->write(part);
-  });
+  std::int64_t elements = 0;
+  for (const Tensor& piece : array.pieces) {
+    require(piece.contiguous() && piece.device == Device::CPU && piece.dtype == array.pieces.front().dtype,
+            "array ", array.name, ": contiguous tensors of one type in host memory were expected");
+    elements += piece.elements();
+    for_chunks(bytes_of(piece), [&](std::string_view part) {
+      hash.add(part);
+      file->write(part);
+    });
+  }
+  require(!array.pieces.empty(), "array ", array.name, " has no pieces");
+  const Tensor& only = array.pieces.front();
+  entry->set_dtype(name_of(only.dtype));
+  if (array.pieces.size() == 1) {
+    for (int i = 0; i < only.shape.rank; ++i) entry->add_shape(only.shape[i]);
+  } else {
+    entry->add_shape(elements);
+  }
+  entry->set_bytes(file->bytes() - entry->offset());
   entry->set_checksum(hash.value());
 }
 

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/files/file.h"
@@ -18,7 +19,12 @@ namespace hybridmoe {
 
 struct ShardArray {
   std::string name;  // "master", "adam_m"
-  Tensor data;       // contiguous, in host memory
+  std::vector<Tensor>
+      pieces;  // one behind the other in the file; each contiguous, in host memory, of one type
+
+  ShardArray(std::string name_in, std::vector<Tensor> pieces_in)
+      : name(std::move(name_in)), pieces(std::move(pieces_in)) {}
+  ShardArray(std::string name_in, const Tensor& whole) : name(std::move(name_in)), pieces{whole} {}
 };
 
 // What a manifest has to know of a written file.

@@ -128,6 +128,22 @@ TEST(ShardFile, RoundTripOfEveryType) {
   EXPECT_THROW(reader.read_unverified("a", 998, view(part)), Error);
 }
 
+TEST(ShardFile, PiecesLieOneBehindTheOther) {
+  const TemporaryDirectory directory;
+  std::vector<float> a = numbers(5), none, b = numbers(7, 5), whole(12);
+  const std::vector<ShardArray> arrays = {{"x", std::vector<Tensor>{view(a), view(none), view(b)}}};
+  write_shard(directory.file("shard"), arrays);
+  const ShardReader reader(directory.file("shard"));
+  EXPECT_EQ(reader.find("x").shape(0), 12);
+  reader.read("x", view(whole));
+  EXPECT_EQ(whole, numbers(12));
+  std::vector<double> other = {1};
+  const std::vector<ShardArray> mixed = {
+      {"x", std::vector<Tensor>{view(a), Tensor(other.data(), DType::F64, {1})}}};
+  EXPECT_THROW(write_shard(directory.file("mixed"), mixed), Error);
+  EXPECT_FALSE(fs::exists(directory.file("mixed")));
+}
+
 TEST(ShardFile, FlippedBitNamesFileAndArray) {
   const TemporaryDirectory directory;
   const std::string path = directory.file("rank-00000.shard");
