@@ -21,6 +21,7 @@ void sum(const std::vector<const void*>& sources, void* output, std::int64_t cou
     std::copy_n(static_cast<const T*>(sources[0]) + begin, length, total);
     for (std::size_t s = 1; s < sources.size(); ++s) {
       const T* source = static_cast<const T*>(sources[s]) + begin;
+#pragma omp simd
       for (std::int64_t i = 0; i < length; ++i) total[i] += source[i];
     }
     std::copy_n(total, length, static_cast<T*>(output) + begin);
