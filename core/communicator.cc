@@ -14,8 +14,9 @@ void Communicator::agree(const std::string& error, const char* label) {
     all += cat(all.empty() ? "" : "\n", "rank ", r, ": ", errors[r]);
   }
   if (all.empty()) return;
-  if (same && !errors[0].empty()) throw Error(errors[0]);  // the same mistake everywhere needs saying once
-  throw Error(all);
+  if (same && !errors[0].empty())
+    throw SharedError(errors[0]);  // the same mistake everywhere needs saying once
+  throw SharedError(all);
 }
 
 namespace {
@@ -39,7 +40,6 @@ class LocalCommunicator : public Communicator {
   }
   void barrier(const char*) override {}
 
- protected:
   std::vector<std::string> gather_strings(const std::string& mine, const char*) override { return {mine}; }
 
  private:

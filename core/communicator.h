@@ -18,6 +18,12 @@ namespace hybridmoe {
 
 enum class ReduceOp { Sum, Max };
 
+// An error that every rank of a group throws together with the same text, so that all can end in order.
+class SharedError : public Error {
+ public:
+  using Error::Error;
+};
+
 // The completion of an asynchronous call. Copies share the state; an empty event is done.
 class Event {
  public:
@@ -65,12 +71,11 @@ class Communicator {
   virtual void progress() {}
 
   // Makes all ranks fail together: every rank passes its own error text (empty: fine). When any rank's is not
-  // empty, every rank throws Error with all of them ("rank 3: ..."). Blocking. Use it after every step that
-  // can fail on one rank alone (opening a file, validating a configuration).
+  // empty, every rank throws SharedError with all of them ("rank 3: ..."). Blocking. Use it after every step
+  // that can fail on one rank alone (opening a file, validating a configuration).
   void agree(const std::string& error, const char* label);
 
- protected:
-  // Every rank's bytes, in rank order. Blocking. (For agree and other small exchanges of texts.)
+  // Every rank's bytes, in rank order. Blocking. (For agree and other small exchanges.)
   virtual std::vector<std::string> gather_strings(const std::string& mine, const char* label) = 0;
 };
 

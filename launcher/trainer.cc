@@ -40,12 +40,14 @@ Trainer::Trainer(const Config& config, const Dataset& data, Backend& backend, co
       length_(config.model().sequence_length()) {
   const BatchConfig& batch = config.batch();
   const std::int64_t ranks = groups.data->size();
-  require(batch.micro_batch_sequences() % ranks == 0, "batch.micro_batch_sequences: ", batch.micro_batch_sequences(),
-          " sequences cannot be split over ", ranks, " data-parallel ranks");
+  require(batch.micro_batch_sequences() % ranks == 0,
+          "batch.micro_batch_sequences: ", batch.micro_batch_sequences(), " sequences cannot be split over ",
+          ranks, " data-parallel ranks");
   micro_batches_ = batch.sequences() / batch.micro_batch_sequences();
   local_sequences_ = batch.micro_batch_sequences() / ranks;
 
-  parameters_.plan(memory_, backend.compute_type(), backend.statistics_type(), config.parallel().bucket_bytes(), true);
+  parameters_.plan(memory_, backend.compute_type(), backend.statistics_type(),
+                   config.parallel().bucket_bytes(), true);
   model_.plan(memory_, {.sequences = local_sequences_, .length = length_});
   const std::int64_t tokens = micro_batches_ * local_sequences_ * length_;
   memory_.add(&tokens_, "tokens", {tokens}, DType::I32, "batch");
@@ -148,7 +150,8 @@ void Trainer::reduce_sums(bool stop, StepResult* result) {
   const Tensor table = sums_.flat(0, rows * kGradColumns).reshape({rows, kGradColumns});
   backend_.zero(sums_, nullptr);
   for (auto& bucket : parameters_.buckets()) {
-    backend_.grad_table({.grad = bucket.owned_gradient(), .segments = &bucket.segments, .table = table}, nullptr);
+    backend_.grad_table({.grad = bucket.owned_gradient(), .segments = &bucket.segments, .table = table},
+                        nullptr);
   }
   double* extra = sums_.ptr<double>() + rows * kGradColumns;
   extra[kCrossEntropy] = result->model.cross_entropy;

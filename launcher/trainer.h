@@ -1,6 +1,6 @@
-// A training run on one rank, from the inside: start, step, evaluate, and the state that a checkpoint keeps. No MPI,
-// no signals, no files, no printing: those are the program's (launcher/train_main.cc). All methods are collective over
-// the world unless they say otherwise. This is the file to read first.
+// A training run on one rank, from the inside: start, step, evaluate, and the state that a checkpoint keeps.
+// No MPI, no signals, no files, no printing: those are the program's (launcher/train_main.cc). All methods
+// are collective over the world unless they say otherwise. This is the file to read first.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +18,8 @@
 
 namespace hybridmoe {
 
-// What a checkpoint keeps beside weights, moments and router biases. The order of the data needs no more than the
-// number of samples consumed.
+// What a checkpoint keeps beside weights, moments and router biases. The order of the data needs no more than
+// the number of samples consumed.
 struct Progress {
   std::int64_t step = 0;              // optimizer steps done, skipped ones included
   std::int64_t applied_steps = 0;     // updates applied
@@ -36,41 +36,45 @@ struct StepSeconds {
 
 struct StepResult {
   std::int64_t step = 0;
-  double loss = 0, cross_entropy = 0, balance_loss = 0, z_loss = 0;  // nats a token; loss is the sum of the others
-  double learning_rate = 0, grad_norm = 0, clip_factor = 1;          // the norm before clipping
-  bool skipped = false;         // a gradient was not finite: nothing was changed
-  bool stop_requested = false;  // by any rank
-  std::int64_t tokens = 0;      // of the step, over the world
+  double loss = 0, cross_entropy = 0, balance_loss = 0,
+         z_loss = 0;                                         // nats a token; loss is the sum of the others
+  double learning_rate = 0, grad_norm = 0, clip_factor = 1;  // the norm before clipping
+  bool skipped = false;                                      // a gradient was not finite: nothing was changed
+  bool stop_requested = false;                               // by any rank
+  std::int64_t tokens = 0;                                   // of the step, over the world
   std::int64_t samples_begin = 0, samples_end = 0;
-  StepSeconds seconds;                // of this rank
-  std::vector<double> grad_squares;   // by row of parameters().table()
-  std::vector<double> nonfinite;      // likewise, counts
-  ModelStatistics model;              // router statistics over the world
+  StepSeconds seconds;               // of this rank
+  std::vector<double> grad_squares;  // by row of parameters().table()
+  std::vector<double> nonfinite;     // likewise, counts
+  ModelStatistics model;             // router statistics over the world
 };
 
 struct Evaluation {
   std::int64_t step = 0;
-  double loss = 0;               // cross-entropy, nats a token
-  double bits_per_byte = -1;     // -1: the data does not say how many bytes its tokens stand for
+  double loss = 0;            // cross-entropy, nats a token
+  double bits_per_byte = -1;  // -1: the data does not say how many bytes its tokens stand for
   std::int64_t tokens = 0, sequences = 0;
 };
 
 class Trainer {
  public:
-  // Plans model, batch and optimizer. `config` is complete (core/config/layers.h) and valid for the world's size;
-  // everything passed outlives the trainer. `exchange` may be null when no layer is MoE. Not collective.
-  Trainer(const Config& config, const Dataset& data, Backend& backend, const Groups& groups, RowExchange* exchange);
+  // Plans model, batch and optimizer. `config` is complete (core/config/layers.h) and valid for the world's
+  // size; everything passed outlives the trainer. `exchange` may be null when no layer is MoE. Not
+  // collective.
+  Trainer(const Config& config, const Dataset& data, Backend& backend, const Groups& groups,
+          RowExchange* exchange);
 
   // Commits the memory and sets initial values.
   void start();
-  // One optimizer step: the next batch.sequences training samples in micro-batches. Gradients are those of the
-  // global-batch mean loss; when any is not finite, every rank skips the update. `stop` travels with the step's sums,
-  // so that all ranks learn of it at the same step.
+  // One optimizer step: the next batch.sequences training samples in micro-batches. Gradients are those of
+  // the global-batch mean loss; when any is not finite, every rank skips the update. `stop` travels with the
+  // step's sums, so that all ranks learn of it at the same step.
   StepResult step(bool stop);
   // Mean cross-entropy over the held-out split (evaluation.sequences of it). Changes no state.
   Evaluation evaluate();
 
-  // After weights' masters, moments, biases and progress were restored: rounds the owned weights and gathers the rest.
+  // After weights' masters, moments, biases and progress were restored: rounds the owned weights and gathers
+  // the rest.
   void restored();
 
   const Config& config() const { return config_; }
@@ -102,8 +106,9 @@ class Trainer {
   Progress progress_;
   std::int64_t length_, local_sequences_, micro_batches_;
   Tensor tokens_, targets_, doc_start_;  // (M · local sequences · length)
-  Tensor sums_;      // F64, summed over the world once a step: the gradient table, then the loss and the stop flag
-  Tensor scalars_;   // [kStepScalars] F64
+  Tensor
+      sums_;  // F64, summed over the world once a step: the gradient table, then the loss and the stop flag
+  Tensor scalars_;  // [kStepScalars] F64
 };
 
 }  // namespace hybridmoe

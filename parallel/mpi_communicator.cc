@@ -36,8 +36,6 @@ class MpiCommunicator : public Communicator {
                         const std::vector<std::int64_t>& recv_rows, const char* label) override;
   void barrier(const char* label) override;
   void progress() override;
-
- protected:
   std::vector<std::string> gather_strings(const std::string& mine, const char* label) override;
 
  private:

@@ -29,7 +29,8 @@ TEST(Schedule, ShapesEndAtTheFloorAndStayThere) {
   EXPECT_DOUBLE_EQ(learning_rate(schedule(ScheduleConfig::LINEAR), 35), 2 * (1 - 0.75 / 4));
   EXPECT_DOUBLE_EQ(learning_rate(schedule(ScheduleConfig::WARMUP_STABLE_DECAY), 90), 2);
   EXPECT_DOUBLE_EQ(learning_rate(schedule(ScheduleConfig::WARMUP_STABLE_DECAY), 100), 2 * (1 - 0.75 / 2));
-  for (const auto shape : {ScheduleConfig::COSINE, ScheduleConfig::LINEAR, ScheduleConfig::WARMUP_STABLE_DECAY}) {
+  for (const auto shape :
+       {ScheduleConfig::COSINE, ScheduleConfig::LINEAR, ScheduleConfig::WARMUP_STABLE_DECAY}) {
     EXPECT_DOUBLE_EQ(learning_rate(schedule(shape), 110), 0.5);
     EXPECT_DOUBLE_EQ(learning_rate(schedule(shape), 500), 0.5);
   }

@@ -1,0 +1,54 @@
+// From the results of steps to what people and tools read: the progress line and the telemetry records.
+#pragma once
+
+#include <chrono>
+#include <memory>
+#include <string>
+
+#include "core/telemetry/log_writer.h"
+#include "core/telemetry/metrics.h"
+#include "launcher/trainer.h"
+
+namespace hybridmoe {
+
+// "step   120/1000  loss 2.3456  grad 0.871  lr 3.00e-04  12.3k tok/s  54.1% of limit  3m12s left"
+class ProgressLine {
+ public:
+  // product_limit: floating-point operations per second of all ranks together.
+  ProgressLine(const Trainer& trainer, double product_limit);
+  // Of the steps since the last line.
+  void add(const StepResult& result);
+  std::string str();
+
+  double tokens_per_second() const { return seconds_ > 0 ? static_cast<double>(tokens_) / seconds_ : 0; }
+  double share_of_limit() const { return seconds_ > 0 ? steps_ * flops_per_step_ / seconds_ / limit_ : 0; }
+
+ private:
+  std::int64_t total_steps_;
+  double flops_per_step_, limit_;
+  StepResult last_;
+  std::int64_t tokens_ = 0;
+  double seconds_ = 0, steps_ = 0, average_ = 0;
+};
+
+// Rank 0's telemetry log of this attempt.
+class Recorder {
+ public:
+  // Throws Error when the log cannot be opened.
+  Recorder(const std::string& run_dir, Trainer& trainer, RunHeader header, double product_limit);
+
+  void step(const StepResult& result);
+  void event(EventRecord::Kind kind, std::int64_t step, const std::string& message,
+             std::initializer_list<std::pair<const char*, double>> values = {});
+  CloseReport close() { return writer_->close(); }
+  const std::string& run_id() const { return writer_->header().run_id(); }
+
+ private:
+  double flops_per_step_, limit_;
+  TrainingMetrics metrics_;
+  std::unique_ptr<LogWriter> writer_;
+};
+
+std::string duration_text(double seconds);  // "3m12s"
+
+}  // namespace hybridmoe

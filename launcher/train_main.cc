@@ -1,0 +1,58 @@
+// hybridmoe-train: the worker that mpirun starts, once per device. Without mpirun it is a world of one rank.
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <glog/logging.h>
+
+#include "core/config/load.h"
+#include "launcher/worker.h"
+#include "parallel/mesh.h"
+#include "parallel/mpi_communicator.h"
+#include "parallel/stop_signal.h"
+
+namespace {
+
+int parse(int argc, char** argv, hybridmoe::TrainOptions* options) {
+  CLI::App app("Trains a mixture-of-experts transformer. Start it with mpirun -np N, or alone as one rank.");
+  app.add_option("--config", options->config, "configuration, protobuf text format (configs/)")->required();
+  app.add_option("--run_dir", options->run_dir, "directory for checkpoints and telemetry")->required();
+  app.add_flag("--resume", options->resume, "continue from the newest checkpoint in --run_dir");
+  app.add_option("--set", options->overrides, "override a field: PATH=VALUE, repeatable")
+      ->allow_extra_args(false)
+      ->take_all();
+  app.footer("\n" + hybridmoe::override_grammar() +
+             "\nSIGUSR1 to mpirun, or SIGTERM or SIGINT to a rank, finish the step, save a checkpoint and "
+             "exit with 0.");
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? -1 : 2;
+  }
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  FLAGS_logtostderr = true;
+  google::InitGoogleLogging(argv[0]);
+  hybridmoe::TrainOptions options;
+  options.program = argv[0];
+  if (const int status = parse(argc, argv, &options); status != 0) return status < 0 ? 0 : status;
+
+  const hybridmoe::StopSignal stop;
+  hybridmoe::MpiEnvironment mpi(&argc, &argv);
+  try {
+    const hybridmoe::Mesh mesh({.world = mpi.size()});
+    const hybridmoe::MeshCommunicators communicators(MPI_COMM_WORLD, mesh);
+    try {
+      return hybridmoe::run_worker(options, communicators.groups(), [&] { return stop.name(); });
+    } catch (const hybridmoe::SharedError& error) {
+      // Every rank has the same message: one of them prints it, and all end in order.
+      if (mpi.rank() == 0) std::fprintf(stderr, "hybridmoe-train: %s\n", error.what());
+      return 1;
+    }
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "hybridmoe-train: rank %d: %s\n", mpi.rank(), error.what());
+    mpi.abort(1);
+  }
+}

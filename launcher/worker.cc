@@ -1,0 +1,397 @@
+#include "launcher/worker.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <fstream>
+#include <glog/logging.h>
+#include <memory>
+#include <optional>
+#include <thread>
+#include <unistd.h>
+
+#include "core/config/changes.h"
+#include "core/config/layers.h"
+#include "core/config/load.h"
+#include "core/config/validate.h"
+#include "core/limits.h"
+#include "launcher/checkpoint.h"
+#include "launcher/recorder.h"
+#include "launcher/run_directory.h"
+#include "launcher/trainer.h"
+
+namespace hybridmoe {
+
+namespace {
+
+// A line for the user, from rank 0.
+void say(const Groups& groups, const std::string& text) {
+  if (groups.world->rank() != 0) return;
+  std::fputs((text + "\n").c_str(), stdout);
+  std::fflush(stdout);
+}
+
+// Runs `work` on every rank; when it throws on any of them, all ranks throw.
+template <class Work>
+void together(Communicator& world, const char* label, const Work& work) {
+  std::string error;
+  try {
+    work();
+  } catch (const std::exception& failure) {
+    error = failure.what();
+  }
+  world.agree(error, label);
+}
+
+// Bytes of "VmRSS:" or "VmHWM:" of this process.
+double process_memory(const std::string& field) {
+  std::ifstream status("/proc/self/status");
+  for (std::string line; std::getline(status, line);) {
+    if (line.rfind(field, 0) == 0) return 1024 * std::stod(line.substr(field.size()));
+  }
+  return 0;
+}
+
+std::string mebibytes(double bytes) {
+  return cat(static_cast<std::int64_t>(bytes / (1 << 20) + 0.5), " MiB");
+}
+
+int threads_per_rank(const Config& config, const Communicator& world) {
+  if (config.parallel().threads() > 0) return config.parallel().threads();
+  if (const char* set = std::getenv("OMP_NUM_THREADS"); set != nullptr && std::atoi(set) > 0)
+    return std::atoi(set);
+  // Open MPI says how many of the job's ranks share this host.
+  const char* local = std::getenv("OMPI_COMM_WORLD_LOCAL_SIZE");
+  const int ranks_here = local != nullptr && std::atoi(local) > 0 ? std::atoi(local) : world.size();
+  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()) / ranks_here);
+}
+
+class Worker {
+ public:
+  Worker(const TrainOptions& options, const Groups& groups,
+         const std::function<std::string()>& stop_requested)
+      : options_(options), groups_(groups), world_(*groups.world), stop_requested_(stop_requested) {}
+
+  int run();
+
+ private:
+  void load();
+  void choose_backend();
+  void open_run_directory();
+  void check_resumable() const;
+  void build_trainer();
+  void measure_limit();
+  void open_log();
+  void train();
+  bool after_step(const StepResult& result);
+  void save();
+  void evaluate();
+  int finish();
+  void event(EventRecord::Kind kind, const std::string& message,
+             std::initializer_list<std::pair<const char*, double>> values = {});
+  bool first() const { return world_.rank() == 0; }
+
+  const TrainOptions& options_;
+  Groups groups_;
+  Communicator& world_;
+  std::function<std::string()> stop_requested_;
+  Config config_;
+  std::unique_ptr<Dataset> data_;
+  int threads_ = 1;
+  Precision precision_ = F32;
+  std::unique_ptr<Backend> backend_;
+  std::unique_ptr<RowExchange> exchange_;
+  std::optional<RunDirectory> directory_;  // on rank 0
+  std::optional<CheckpointEntry> resume_from_;
+  CheckpointManifest manifest_;  // of the checkpoint resumed from, then the template of those saved
+  std::unique_ptr<Trainer> trainer_;
+  double limit_ = 0;  // of all ranks together, operations per second
+  double memory_before_plan_ = 0;
+  std::unique_ptr<Recorder> recorder_;  // on rank 0
+  std::optional<ProgressLine> progress_;
+  std::int64_t last_saved_ = -1, last_evaluated_ = -1;
+  double first_loss_ = 0, last_loss_ = 0;
+  bool lost_something_ = false;
+  std::string stopped_by_;
+};
+
+void Worker::load() {
+  together(world_, "configuration", [&] {
+    require(!options_.run_dir.empty(), "--run_dir is missing");
+    config_ = load_config(options_.config, options_.overrides);
+    data_ = Dataset::open(config_);
+    complete(&config_, data_->vocabulary());
+    require_valid(config_, world_.size(), options_.config);
+  });
+}
+
+void Worker::open_run_directory() {
+  together(world_, "run directory", [&] {
+    if (first()) directory_.emplace(options_.run_dir, options_.resume);
+  });
+  together(world_, "checkpoint to resume from", [&] {
+    if (!options_.resume) return;
+    const std::vector<CheckpointEntry> checkpoints = list_checkpoints(options_.run_dir);
+    require(!checkpoints.empty(), "rank ", world_.rank(), " does not see the checkpoints in ",
+            options_.run_dir, "; the run directory must be on a file system that all hosts share");
+    resume_from_ = checkpoints.front();
+    manifest_ = read_manifest(resume_from_->path);
+    check_resumable();
+  });
+}
+
+void Worker::check_resumable() const {
+  const std::vector<std::string> changes = illegal_changes(manifest_.config(), config_);
+  std::string text;
+  for (const std::string& change : changes) text += "\n  " + change;
+  require(changes.empty(), "--resume: the configuration differs from that of ", resume_from_->path,
+          " in fields that must stay (docs/configuration.md says which may change):", text);
+  const LayoutRecord& layout = manifest_.layout();
+  require(layout.world() == world_.size(), "--resume: ", resume_from_->path, " was written by ",
+          layout.world(), " ranks, this job has ", world_.size(), "; start it with mpirun -np ",
+          layout.world(), " (this version cannot change the layout of a checkpoint)");
+}
+
+void Worker::choose_backend() {
+  threads_ = threads_per_rank(config_, world_);
+  std::string reason = "as configured";
+  precision_ = config_.precision();
+  const bool native = cpu_multiplies_bf16();
+  if (precision_ == AUTO) {
+    precision_ = native ? BF16 : F32;
+    reason = native ? "this CPU multiplies bf16" : "this CPU does not multiply bf16";
+  } else if (precision_ == BF16 && !native && !config_.emulate_bf16()) {
+    precision_ = F32;
+    reason =
+        "precision: BF16 was asked for, but this CPU does not multiply bf16 (emulate_bf16: true would "
+        "imitate it)";
+  }
+  // A continued run computes in the type it began with, whatever this machine would choose.
+  for (const MeasuredChoice& choice : manifest_.choice()) {
+    if (choice.name() != "precision") continue;
+    Precision before = F32;
+    require(Precision_Parse(choice.value(), &before), "the checkpoint's precision ", choice.value(),
+            " is unknown");
+    if (before != precision_) reason = "as the run began";
+    precision_ = before;
+  }
+  if (options_.resume && manifest_.layout().threads() != threads_) {
+    LOG_IF(WARNING, first()) << "the run had " << manifest_.layout().threads() << " threads per rank, now "
+                             << threads_ << ": it goes on equal to rounding, not to the bit";
+  }
+  if (precision_ == F64) {
+    backend_ = make_reference_backend();
+  } else {
+    backend_ = make_cpu_backend(
+        {.compute_type = precision_ == BF16 ? DType::BF16 : DType::F32, .threads = threads_});
+  }
+  backend_->set_progress_hook([](void* world) { static_cast<Communicator*>(world)->progress(); }, &world_);
+
+  manifest_.clear_choice();
+  MeasuredChoice* choice = manifest_.add_choice();
+  choice->set_name("precision");
+  choice->set_value(Precision_Name(precision_));
+  choice->set_reason(reason);
+  LayoutRecord* layout = manifest_.mutable_layout();
+  layout->set_world(world_.size());
+  layout->set_data(groups_.data->size());
+  layout->set_tensor(groups_.tensor->size());
+  layout->set_expert(groups_.expert->size());
+  layout->set_expert_tensor(config_.parallel().expert_tensor());
+  layout->set_threads(threads_);
+  say(groups_, cat(config_.name(), ": ", world_.size(), world_.size() == 1 ? " rank" : " ranks", ", ",
+                   backend_->name(), ", precision ", Precision_Name(precision_), " (", reason, ")"));
+}
+
+void Worker::build_trainer() {
+  const ModelConfig& model = config_.model();
+  together(world_, "memory plan", [&] {
+    if (model.has_moe()) {
+      exchange_ = make_local_row_exchange(
+          *backend_, world_, model.moe().experts(), model.moe().top_k(),
+          {.factor = model.moe().capacity_factor(), .by_position = model.moe().drop() == BY_POSITION});
+    }
+    trainer_ = std::make_unique<Trainer>(config_, *data_, *backend_, groups_, exchange_.get());
+  });
+  const ParameterCount count = parameter_count(model);
+  say(groups_, cat("model: ", model.layers(), " layers, ", count.total, " parameters, ", count.active,
+                   " active; ", trainer_->tokens_per_step(), " tokens a step"));
+  std::string plan =
+      cat("memory per rank: ", mebibytes(static_cast<double>(trainer_->memory().bytes())), " =");
+  for (const auto& [component, bytes] : trainer_->memory().by_component()) {
+    plan += cat(" ", component, " ", mebibytes(static_cast<double>(bytes)), ",");
+  }
+  plan.pop_back();
+  say(groups_, plan);
+}
+
+void Worker::measure_limit() {
+  world_.barrier("before measuring the limit");
+  double limit = measure_product_limit(*backend_);
+  world_.all_reduce(Tensor(&limit, DType::F64, {1}), ReduceOp::Sum, "limit").wait();
+  limit_ = limit;
+  char text[200];
+  const double seconds = trainer_->flops_per_step() / limit_;
+  std::snprintf(
+      text, sizeof text,
+      "limit: %.0f GFLOP/s of matrix products over all ranks; at that rate a step of %.1f GFLOP takes %.3f s "
+      "(%.0f tokens/s)",
+      limit_ / 1e9, trainer_->flops_per_step() / 1e9, seconds,
+      static_cast<double>(trainer_->tokens_per_step()) / seconds);
+  say(groups_, text);
+}
+
+void Worker::open_log() {
+  RunHeader header;
+  header.set_resume_step(trainer_->progress().step + 1);
+  *header.mutable_config() = config_;
+  *header.mutable_layout() = manifest_.layout();
+  *header.mutable_choice() = manifest_.choice();
+  header.set_code_version(HYBRIDMOE_VERSION);
+  LibraryVersion* library = header.add_library();
+  library->set_name("backend");
+  library->set_version(backend_->name());
+  if (manifest_.has_run_id()) header.set_run_id(manifest_.run_id());
+  char host[256] = {};
+  gethostname(host, sizeof host - 1);
+  for (const std::string& name : world_.gather_strings(host, "host names")) header.add_host(name);
+  together(world_, "telemetry log", [&] {
+    if (!first()) return;
+    directory_->write_config(config_);
+    if (!config_.telemetry().enabled()) return;
+    recorder_ = std::make_unique<Recorder>(options_.run_dir, *trainer_, header, limit_);
+    manifest_.set_run_id(recorder_->run_id());
+  });
+  manifest_.set_code_version(HYBRIDMOE_VERSION);
+}
+
+void Worker::event(EventRecord::Kind kind, const std::string& message,
+                   std::initializer_list<std::pair<const char*, double>> values) {
+  if (recorder_) recorder_->event(kind, trainer_->progress().step, message, values);
+}
+
+void Worker::save() {
+  const std::int64_t step = trainer_->progress().step;
+  const SaveResult result = save_checkpoint(options_.run_dir, manifest_, world_, *trainer_);
+  last_saved_ = step;
+  if (result.saved) {
+    say(groups_, cat("saved ", result.path, " in ", static_cast<int>(result.seconds * 1000), " ms"));
+    event(EventRecord::CHECKPOINT_SAVED, result.path, {{"seconds", result.seconds}});
+    return;
+  }
+  lost_something_ = true;
+  LOG_IF(ERROR, first()) << "the checkpoint of step " << step << " could not be saved: " << result.error
+                         << "; training goes on, older checkpoints are untouched";
+  event(EventRecord::CHECKPOINT_FAILED, result.error);
+}
+
+void Worker::evaluate() {
+  const Evaluation result = trainer_->evaluate();
+  last_evaluated_ = result.step;
+  char text[200];
+  std::snprintf(text, sizeof text, "evaluation at step %lld: loss %.4f", static_cast<long long>(result.step),
+                result.loss);
+  std::string line = text;
+  if (result.bits_per_byte >= 0) {
+    std::snprintf(text, sizeof text, ", %.4f bits per byte", result.bits_per_byte);
+    line += text;
+  }
+  say(groups_, cat(line, " (", result.tokens, " held-out tokens)"));
+  event(EventRecord::EVALUATION, line, {{"loss", result.loss}, {"bits_per_byte", result.bits_per_byte}});
+}
+
+// Returns whether training goes on.
+bool Worker::after_step(const StepResult& result) {
+  progress_->add(result);
+  if (recorder_) recorder_->step(result);
+  if (result.skipped) {
+    LOG_IF(WARNING, first()) << "step " << result.step
+                             << ": a gradient was not finite, the update is skipped";
+    event(EventRecord::SKIP, "gradient not finite");
+  }
+  if (first_loss_ == 0) first_loss_ = result.cross_entropy;
+  last_loss_ = result.cross_entropy;
+  const bool last = result.step >= config_.steps();
+  const std::int64_t every = std::max(1, config_.telemetry().progress_every());
+  if (last || result.stop_requested || result.step % every == 0) say(groups_, progress_->str());
+  if (result.stop_requested) {
+    stopped_by_ = stop_requested_();
+    if (stopped_by_.empty()) stopped_by_ = "a signal on another rank";
+    say(groups_, cat("stopping after step ", result.step, " (", stopped_by_, ")"));
+    event(EventRecord::SIGNAL, stopped_by_);
+    return false;
+  }
+  const std::int64_t evaluate_every = config_.evaluation().every(), save_every = config_.checkpoint().every();
+  if (evaluate_every > 0 && result.step % evaluate_every == 0) evaluate();
+  if (save_every > 0 && result.step % save_every == 0 && !last) save();
+  return !last;
+}
+
+void Worker::train() {
+  progress_.emplace(*trainer_, limit_);
+  if (resume_from_) event(EventRecord::RESTART, resume_from_->path);
+  if (config_.checkpoint().before_first_step() && trainer_->progress().step == 0) save();
+  if (trainer_->progress().step >= config_.steps()) {
+    say(groups_, cat("nothing to do: ", trainer_->progress().step, " of ", config_.steps(),
+                     " steps are done; raise `steps` to go on"));
+    last_saved_ = trainer_->progress().step;
+    return;
+  }
+  while (after_step(trainer_->step(!stop_requested_().empty()))) {
+  }
+}
+
+int Worker::finish() {
+  const std::int64_t step = trainer_->progress().step;
+  if (stopped_by_.empty() && last_evaluated_ != step && data_->held_out_samples() > 0) evaluate();
+  if (last_saved_ != step) save();
+  const double peak = process_memory("VmHWM:");
+  say(groups_,
+      cat("memory: process peak ", mebibytes(peak), ", of which ", mebibytes(peak - memory_before_plan_),
+          " beyond what it held before the plan of ",
+          mebibytes(static_cast<double>(trainer_->memory().bytes())), "; ",
+          mebibytes(static_cast<double>(trainer_->memory().resident_bytes())), " of the plan were touched"));
+  event(EventRecord::END, stopped_by_.empty() ? "all steps are done" : "stopped by " + stopped_by_);
+  if (recorder_) {
+    const CloseReport report = recorder_->close();
+    if (!report.complete()) {
+      LOG(ERROR) << report.str();
+      lost_something_ = true;
+    }
+  }
+  if (first_loss_ != 0) {
+    char text[120];
+    std::snprintf(text, sizeof text, "loss %.4f at the start, %.4f at the end", first_loss_, last_loss_);
+    say(groups_, text);
+  }
+  say(groups_, cat(stopped_by_.empty() ? "done: " : "stopped: ", step, " of ", config_.steps(),
+                   " steps; run directory ", options_.run_dir));
+  std::int32_t lost = lost_something_ ? 1 : 0;
+  world_.all_reduce(Tensor(&lost, DType::I32, {1}), ReduceOp::Max, "exit status").wait();
+  return lost;
+}
+
+int Worker::run() {
+  load();
+  open_run_directory();
+  choose_backend();
+  build_trainer();
+  measure_limit();
+  memory_before_plan_ = process_memory("VmRSS:");
+  together(world_, "memory", [&] { trainer_->start(); });
+  if (resume_from_) {
+    restore_checkpoint(resume_from_->path, manifest_, world_, *trainer_);
+    say(groups_, cat("resumed from ", resume_from_->path));
+  }
+  open_log();
+  train();
+  return finish();
+}
+
+}  // namespace
+
+int run_worker(const TrainOptions& options, const Groups& groups,
+               const std::function<std::string()>& stop_requested) {
+  return Worker(options, groups, stop_requested).run();
+}
+
+}  // namespace hybridmoe

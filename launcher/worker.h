@@ -1,0 +1,28 @@
+// One rank of a training job, from its options to its exit status: configuration, data, backend, run
+// directory, checkpoints, evaluation, telemetry and stopping around the Trainer.
+#pragma once
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "core/groups.h"
+
+namespace hybridmoe {
+
+struct TrainOptions {
+  std::string config;  // path of a configuration in protobuf text format
+  std::string run_dir;
+  bool resume = false;
+  std::vector<std::string> overrides;  // of --set
+  std::string program;                 // argv[0], for messages
+};
+
+// Trains until the configured number of steps is done or `stop_requested` says so on any rank; then saves and
+// returns. Collective over groups.world. Returns the exit status: 0, or 1 when something was lost on the way
+// (a checkpoint that could not be saved, log records). Throws the same Error on every rank for everything a
+// user can get wrong. stop_requested returns a signal's name, empty for "go on".
+int run_worker(const TrainOptions& options, const Groups& groups,
+               const std::function<std::string()>& stop_requested);
+
+}  // namespace hybridmoe
