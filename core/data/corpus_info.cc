@@ -6,6 +6,7 @@
 #include <google/protobuf/text_format.h>
 #include <iterator>
 
+#include "core/data/sentencepiece.h"
 #include "core/error.h"
 
 namespace hybridmoe {
@@ -70,6 +71,23 @@ std::string corpus_info_text(const CorpusInfo& info) {
   std::string text;
   require(printer.PrintToString(info, &text), "the corpus' description cannot be written as text");
   return text;
+}
+
+std::unique_ptr<Tokenizer> open_tokenizer(const std::string& corpus) {
+  const auto info = read_corpus_info(corpus);
+  const std::string path = corpus_info_path(corpus);
+  require(info.has_value(), path, ": does not exist, so the tokenizer of the corpus is unknown");
+  if (info->tokenizer() == CorpusInfo::BYTE) return make_byte_tokenizer();
+  const std::string model = (std::filesystem::path(path).parent_path() / info->model_file()).string();
+  require(!info->model_file().empty() && std::filesystem::exists(model), path, ": names the model file \"",
+          info->model_file(), "\", which is not in its folder; copy it there");
+  auto tokenizer = make_sentencepiece_tokenizer(model);
+  CorpusInfo actual;
+  tokenizer->describe(&actual);
+  require(actual.model_hash() == info->model_hash(), model, ": has the hash ", actual.model_hash(),
+          ", but the corpus was made with a model of hash ", info->model_hash(), " (", path,
+          "); restore that model or tokenize again");
+  return tokenizer;
 }
 
 std::vector<std::int32_t> token_byte_table(const CorpusInfo& info) {

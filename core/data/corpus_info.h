@@ -19,6 +19,10 @@ std::string corpus_info_path(const std::string& corpus);
 std::optional<CorpusInfo> read_corpus_info(const std::string& corpus);
 std::string corpus_info_text(const CorpusInfo& info);
 
+// The tokenizer that made the corpus. Throws Error when there is no sidecar, or the model it names is not
+// beside it or not the one the corpus was made with.
+std::unique_ptr<Tokenizer> open_tokenizer(const std::string& corpus);
+
 // By id: the bytes of text a token stands for. [vocabulary]
 std::vector<std::int32_t> token_byte_table(const CorpusInfo& info);
 

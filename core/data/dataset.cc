@@ -119,6 +119,7 @@ class SampledDataset : public Dataset {
 
   std::int32_t vocabulary() const override { return vocabulary_; }
   const CorpusInfo* info() const override { return bytes_known_ ? &*sources_[0].info : nullptr; }
+  std::int32_t sequence_length() const override { return static_cast<std::int32_t>(length_); }
   int sources() const override { return static_cast<int>(sources_.size()); }
   const TokenFile& source(int index) const override { return sources_.at(index).file; }
   std::int64_t training_samples_per_epoch() const override { return training_samples_; }

@@ -54,6 +54,7 @@ class Dataset {
   virtual std::int32_t vocabulary() const = 0;
   // What the sidecars say of the tokenizer (the same for every source); null where a source has none.
   virtual const CorpusInfo* info() const = 0;
+  virtual std::int32_t sequence_length() const = 0;  // S
   virtual int sources() const = 0;
   virtual const TokenFile& source(int index) const = 0;
 

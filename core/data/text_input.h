@@ -12,7 +12,7 @@ namespace hybridmoe {
 struct TextInputs {
   std::vector<std::string>
       paths;               // files, folders (read recursively, in order of name) and "-" for standard input
-  std::string match = {};       // in folders: only names that match this shell pattern; empty: all
+  std::string match = {};  // in folders: only names that match this shell pattern; empty: all
   std::string json_field = {};  // not empty: every line is a JSON object, and this field of it is a text
   std::string split_documents = "none";  // SplitRule
 };

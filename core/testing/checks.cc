@@ -61,8 +61,8 @@ double largest_finite(const TensorSet& set, const Operand& operand) {
 std::string compare(const Operand& operand, const TensorSet& expected, const TensorSet& actual,
                     const Backend& backend) {
   const double stored = epsilon(dtype_in(backend, operand.type));
-  const double drift = 4 * largest_finite(expected, operand) *
-                       (epsilon(backend.statistics_type()) * std::sqrt(operand.length) +
+  const double drift = largest_finite(expected, operand) *
+                       (4 * epsilon(backend.statistics_type()) * std::sqrt(operand.length) +
                         epsilon(backend.compute_type()) * operand.roundings);
   std::string worst;
   double worst_excess = 1;
@@ -113,7 +113,7 @@ std::vector<std::string> check_parity(const OperatorCase& c, Backend& reference,
   }
   check_surroundings(c, rounded, actual, mistakes);
   if (c.reconcile) {
-    const std::string wrong = c.reconcile(expected, actual, 8 * epsilon(target.backend->compute_type()));
+    const std::string wrong = c.reconcile(expected, actual, 4 * epsilon(target.backend->compute_type()));
     if (!wrong.empty()) mistakes.push_back(cat(c.name, ": ", wrong));
   }
   for (const Operand& operand : c.operands) {

@@ -13,7 +13,7 @@ namespace hybridmoe::testing {
 //
 // An output x of M = max |x| over the tensor (or the operand's `magnitude` where that is larger) may be off
 // by
-//   ε(type of x) · |x|  +  4 · M · (ε(S) · √length + ε(C) · roundings):
+//   ε(type of x) · |x|  +  M · (4 · ε(S) · √length + ε(C) · roundings):
 // one rounding when it is stored; `length` terms whose roundings in the statistics type add up like a random
 // walk; and what was rounded to the compute type before. Integers and non-finite values must be equal. Inputs
 // and everything around the outputs must be untouched, "=" must not read what was there before, and a second

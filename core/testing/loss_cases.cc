@@ -1,4 +1,5 @@
 // Embedding, and LM head with cross-entropy in two phases; whole vocabularies and one rank's rows of them.
+#include <algorithm>
 #include <cmath>
 
 #include "core/testing/families.h"

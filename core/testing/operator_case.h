@@ -145,7 +145,8 @@ class TensorSet {
   };
   int find(const std::string& operand) const;  // -1: no such operand
   const Slot& storage(int slot) const { return slots_[slots_[slot].alias < 0 ? slot : slots_[slot].alias]; }
-  std::int64_t position(const Slot& slot, std::int64_t i) const;
+  std::int64_t position(const Slot& slot, std::int64_t i) const;  // byte of an element in the image
+  void put(Slot& slot, std::int64_t i, double value);
 
   Target target_;
   std::string stream_;

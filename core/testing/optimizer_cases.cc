@@ -1,4 +1,5 @@
 // The gradient table, the step's scalars and AdamW.
+#include <algorithm>
 #include <cmath>
 #include <memory>
 
@@ -100,7 +101,8 @@ void add_optimizer(Cases& cases) {
 }
 
 void add_optimizer(const BenchmarkSize& z, Cases& cases) {
-  const std::int64_t m = z.experts * 3 * z.d * z.hidden;  // the expert weights of one layer
+  // The expert weights of one layer, or as many of them as no cache holds.
+  const std::int64_t m = std::min<std::int64_t>(z.experts * 3 * z.d * z.hidden, 1 << 22);
   const Segments one{{0, m, 0, true}};
   cases.push_back(grad_table("experts", m, one, true, true));
   cases.push_back(adamw("experts", m, one, 0, true));

@@ -3,16 +3,13 @@
 #include <array>
 #include <cmath>
 #include <gtest/gtest.h>
-#include <vector>
+#include <memory>
 
 #include "core/backend.h"
+#include "tests/core/views.h"
 
 namespace hybridmoe {
 namespace {
-
-using Vector = std::vector<double>;
-
-Tensor view(Vector& values, const Shape& shape) { return Tensor(values.data(), DType::F64, shape); }
 
 void expect_near(const Vector& actual, const Vector& expected, double tolerance) {
   ASSERT_EQ(actual.size(), expected.size());

@@ -94,5 +94,36 @@ TEST(Harness, SeesAWrongGradient) {
   FAIL() << "the case is gone";
 }
 
+// The benchmark's cases at a size that takes no time: they run, hold the contract, and say how much work they
+// are.
+TEST(Benchmarks, RunAndCountTheirWork) {
+  const BenchmarkSize size{.sequences = 2,
+                           .sequence_length = 6,
+                           .d = 8,
+                           .heads = 4,
+                           .kv_heads = 2,
+                           .head_dim = 4,
+                           .experts = 4,
+                           .top_k = 2,
+                           .hidden = 5,
+                           .vocabulary = 11,
+                           .loss_chunk = 7};
+  const auto reference = make_reference_backend();
+  for (const OperatorCase& c : benchmark_cases(size)) {
+    const auto mistakes = check_parity(c, *reference, Target(*reference));
+    EXPECT_TRUE(mistakes.empty()) << lines(mistakes);
+    BoundCase bound(c, Target(*reference));
+    bound.run();
+    EXPECT_GT(moved_bytes(c, *reference), 0) << c.name;
+    if (c.name == "linear_forward/qkv") {
+      EXPECT_EQ(c.flops, 2.0 * 12 * 8 * 32);
+      EXPECT_EQ(moved_bytes(c, *reference), 8.0 * (12 * 8 + 8 * 32 + 12 * 32));
+    }
+    if (c.name == "attention_forward/causal") {
+      EXPECT_EQ(c.flops, 2 * 4 * (6 * 7 / 2) * 4.0 * 4);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace hybridmoe::testing

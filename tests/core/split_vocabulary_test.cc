@@ -3,18 +3,17 @@
 #include <algorithm>
 #include <cmath>
 #include <gtest/gtest.h>
+#include <memory>
 #include <vector>
 
 #include "core/backend.h"
 #include "core/random.h"
+#include "tests/core/views.h"
 
 namespace hybridmoe {
 namespace {
 
-using Vector = std::vector<double>;
 constexpr std::int64_t kTokens = 5, kWidth = 6, kVocabulary = 20, kValid = 13;
-
-Tensor view(Vector& values, const Shape& shape) { return Tensor(values.data(), DType::F64, shape); }
 
 // What one rank with rows [first, last) of the vocabulary keeps.
 struct Rank {
