@@ -16,7 +16,7 @@ namespace hybridmoe {
 
 struct LogReadOptions {
   ReadMode mode = ReadMode::TolerateTail;
-  // Take the steps of finished segments from their indices: without dense arrays and rank samples, but fast.
+  // Take the steps of finished segments from their indices: without dense arrays, but fast.
   // The last segment is read in full.
   bool scalars_only = false;
 };
