@@ -1,5 +1,6 @@
 #include "core/data/mapped_file.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <fcntl.h>
@@ -32,6 +33,15 @@ MappedFile::MappedFile(const std::string& path) : path_(path) {
 
 MappedFile::~MappedFile() {
   if (data_ != nullptr) ::munmap(const_cast<std::uint8_t*>(data_), static_cast<std::size_t>(bytes_));
+}
+
+void MappedFile::release(std::int64_t offset, std::int64_t bytes) const {
+  // The kernel maps the neighbours of a page that is touched too, in blocks of this size.
+  constexpr std::int64_t kBlock = 64 << 10;
+  const std::int64_t begin = offset / kBlock * kBlock,
+                     end = std::min(bytes_, (offset + bytes + kBlock - 1) / kBlock * kBlock);
+  if (begin >= end) return;
+  ::madvise(const_cast<std::uint8_t*>(data_) + begin, static_cast<std::size_t>(end - begin), MADV_DONTNEED);
 }
 
 MappedFile::MappedFile(MappedFile&& other) noexcept { *this = std::move(other); }

@@ -19,6 +19,9 @@ class MappedFile {
   const std::uint8_t* data() const { return data_; }
   std::int64_t bytes() const { return bytes_; }
   const std::string& path() const { return path_; }
+  // The bytes were read and are not needed soon: gives their pages back, which would else count as memory of
+  // this process (whose file cache they stay in). Later reads bring them in again.
+  void release(std::int64_t offset, std::int64_t bytes) const;
 
  private:
   std::string path_;

@@ -242,7 +242,10 @@ void TokenFile::read(std::int64_t begin, std::int64_t count, std::int32_t vocabu
           begin + count, " were asked for; it has ", token_count_);
   const std::uint8_t* data = tokens_.data() + begin * size_of(type_);
   const std::uint8_t* bad = convert(type_, data, count, vocabulary, out);
-  if (bad == nullptr) return;
+  if (bad == nullptr) {
+    tokens_.release(begin * size_of(type_), count * size_of(type_));
+    return;
+  }
   const std::int64_t position = (bad - tokens_.data()) / size_of(type_);
   throw Error(
       cat(path(), ": token ", position, " has id ", load_id(type_, bad), "; ids from 0 to ", vocabulary - 1,
