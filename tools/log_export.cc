@@ -13,17 +13,12 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-// The header of the newest attempt that has one.
+// The header that the exported metrics are looked up in.
 RunHeader newest_header(const std::string& directory) {
-  const std::vector<LogSegment> segments = list_log_segments(directory);
-  std::string payload;
-  Record record;
-  for (auto segment = segments.rbegin(); segment != segments.rend(); ++segment) {
-    RecordReader reader(segment->path, ReadMode::SkipCorrupt);
-    if (reader.next(&payload) && record.ParseFromString(payload) && record.has_header())
-      return record.header();
-  }
-  throw Error(cat(directory, ": no run header can be read"));
+  RunHeader header;
+  require(read_newest_header(list_log_segments(directory), &header), directory,
+          ": no run header can be read");
+  return header;
 }
 
 std::string known_names(const RunHeader& header) {

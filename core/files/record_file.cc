@@ -38,12 +38,19 @@ std::uint32_t load_u32(const char* from) {
 
 RecordWriter::RecordWriter(const std::string& path) : file_(File::create_new(path)) {}
 
+void RecordWriter::cut() {
+  file_.cut(bytes_);
+  torn_ = false;
+}
+
 void RecordWriter::write(std::string_view payload) {
+  if (torn_) cut();
   const Framing framing = framing_of(payload);
   try {
     file_.write({{framing.header, sizeof framing.header}, payload, {framing.footer, sizeof framing.footer}});
   } catch (const Error&) {
-    file_.cut(bytes_);
+    torn_ = true;
+    cut();
     throw;
   }
   bytes_ += static_cast<std::int64_t>(payload.size()) + kRecordOverhead;

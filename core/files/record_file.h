@@ -28,8 +28,11 @@ class RecordWriter {
   const std::string& path() const { return file_.path(); }
 
  private:
+  void cut();
+
   File file_;
   std::int64_t bytes_ = 0;
+  bool torn_ = false;  // something lies behind the whole records
 };
 
 // A record in its framing, for files that are written at once.

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "core/error.h"
+#include "core/files/record_file.h"
 
 namespace hybridmoe {
 namespace {
@@ -57,6 +58,20 @@ std::vector<LogSegment> list_log_segments(const std::string& directory) {
     return std::tie(a.attempt, a.segment) < std::tie(b.attempt, b.segment);
   });
   return segments;
+}
+
+bool read_run_header(const std::string& segment_path, RunHeader* header) {
+  RecordReader reader(segment_path, ReadMode::SkipCorrupt);
+  std::string payload;
+  Record record;
+  if (!reader.next(&payload) || !record.ParseFromString(payload) || !record.has_header()) return false;
+  header->Swap(record.mutable_header());
+  return true;
+}
+
+bool read_newest_header(const std::vector<LogSegment>& segments, RunHeader* header) {
+  return std::any_of(segments.rbegin(), segments.rend(),
+                     [header](const LogSegment& segment) { return read_run_header(segment.path, header); });
 }
 
 }  // namespace hybridmoe

@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "proto/telemetry.pb.h"
+
 namespace hybridmoe {
 
 inline constexpr int kLogFormatVersion = 1;
@@ -25,5 +27,9 @@ std::string log_index_path(const std::string& segment_path);
 // The segments in a directory by attempt and segment; none when there is no such directory. Other files are
 // ignored.
 std::vector<LogSegment> list_log_segments(const std::string& directory);
+// The run header that a segment begins with; false when it cannot be read.
+bool read_run_header(const std::string& segment_path, RunHeader* header);
+// That of the newest segment that has one; false when none has.
+bool read_newest_header(const std::vector<LogSegment>& segments, RunHeader* header);
 
 }  // namespace hybridmoe

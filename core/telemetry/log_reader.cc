@@ -48,14 +48,11 @@ LogReader::LogReader(const std::string& directory, const LogReadOptions& options
 void LogReader::find_segments() {
   segments_ = list_log_segments(directory_);
   for (const LogSegment& segment : segments_) {
-    if (headers_.count(segment.attempt) > 0) continue;
-    RecordReader reader(segment.path, ReadMode::SkipCorrupt);
-    std::string payload;
-    Record record;
-    if (reader.next(&payload) && record.ParseFromString(payload) && record.has_header()) {
-      take_header(segment, record.header());
-    }
+    RunHeader header;
+    if (headers_.count(segment.attempt) == 0 && read_run_header(segment.path, &header))
+      take_header(segment, header);
   }
+  sources_.resize(segments_.size());
 }
 
 void LogReader::take_header(const LogSegment& segment, const RunHeader& header) {
@@ -63,13 +60,6 @@ void LogReader::take_header(const LogSegment& segment, const RunHeader& header) 
           header.format_version(), ", this program reads up to ", kLogFormatVersion,
           "; use the version that wrote it: ", header.code_version());
   headers_.emplace(segment.attempt, header);
-}
-
-LogReader::Source& LogReader::source(std::size_t index) {
-  while (sources_.size() <= index) {
-    sources_.push_back({RecordReader(segments_[sources_.size()].path, options_.mode)});
-  }
-  return sources_[index];
 }
 
 std::size_t LogReader::poll(const std::function<void(const LogEntry&)>& visit) {
@@ -81,23 +71,22 @@ std::size_t LogReader::poll(const std::function<void(const LogEntry&)>& visit) {
 
 std::size_t LogReader::read_segment(std::size_t index, const std::function<void(const LogEntry&)>& visit) {
   const LogSegment& segment = segments_[index];
-  Source& from = source(index);
-  if (from.from_index) return 0;
+  Source& from = sources_[index];
   std::size_t count = 0;
-  const bool untouched = from.reader.offset() == 0;
-  if (options_.scalars_only && untouched && index + 1 < segments_.size() &&
-      read_index(index, visit, &count)) {
-    return count;
+  if (from.done) return 0;
+  if (from.reader == nullptr) {
+    const bool last = index + 1 == segments_.size();
+    if (options_.scalars_only && !last && read_index(index, visit, &count)) return count;
+    from.reader = std::make_unique<RecordReader>(segment.path, options_.mode);
   }
+  RecordReader& reader = *from.reader;
   std::string payload;
   Record record;
   while (true) {
-    const std::int64_t before = from.reader.offset();
-    const std::int64_t skipped = from.reader.skipped_bytes();
-    if (!from.reader.next(&payload)) break;
-    if (from.reader.skipped_bytes() > skipped) {
-      skipped_.push_back(
-          {segment.path, before, cat(from.reader.skipped_bytes() - skipped, " corrupt bytes")});
+    const std::int64_t before = reader.offset(), skipped = reader.skipped_bytes();
+    if (!reader.next(&payload)) break;
+    if (reader.skipped_bytes() > skipped) {
+      skipped_.push_back({segment.path, before, cat(reader.skipped_bytes() - skipped, " corrupt bytes")});
     }
     const auto header = headers_.find(segment.attempt);
     std::string wrong;
@@ -105,13 +94,17 @@ std::size_t LogReader::read_segment(std::size_t index, const std::function<void(
     if (header == headers_.end())
       wrong = "no run header of this attempt can be read, so its numbers have no names";
     if (!wrong.empty()) {
-      const LogProblem problem{segment.path, from.reader.record_offset(), wrong};
+      const LogProblem problem{segment.path, reader.record_offset(), wrong};
       require(options_.mode == ReadMode::SkipCorrupt, problem.str());
       skipped_.push_back(problem);
       continue;
     }
-    visit({segment, header->second, from.reader.record_offset(), record});
+    visit({segment, header->second, reader.record_offset(), record});
     ++count;
+    if (record.has_segment_end() && reader.tail_bytes() == 0) {
+      from = {nullptr, true};
+      break;
+    }
   }
   return count;
 }
@@ -145,7 +138,7 @@ bool LogReader::read_index(std::size_t index, const std::function<void(const Log
   }
   visit_others(std::numeric_limits<std::int64_t>::max());
   *count = records.size() + static_cast<std::size_t>(end.step_size());
-  sources_[index].from_index = true;
+  sources_[index].done = true;
   return true;
 }
 
@@ -168,9 +161,9 @@ std::int64_t LogReader::superseded_from(int attempt) const {
 std::vector<LogProblem> LogReader::problems() const {
   std::vector<LogProblem> problems = skipped_;
   for (const Source& from : sources_) {
-    if (from.from_index || from.reader.tail_bytes() == 0) continue;
-    problems.push_back({from.reader.path(), from.reader.offset(),
-                        cat("an incomplete last record of ", from.reader.tail_bytes(), " bytes"), true});
+    if (from.reader == nullptr || from.reader->tail_bytes() == 0) continue;
+    problems.push_back({from.reader->path(), from.reader->offset(),
+                        cat("an incomplete last record of ", from.reader->tail_bytes(), " bytes"), true});
   }
   return problems;
 }

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -59,12 +60,11 @@ class LogReader {
 
  private:
   struct Source {
-    RecordReader reader;
-    bool from_index = false;  // and done
+    std::unique_ptr<RecordReader> reader;  // null when done: its end was read, from it or its index
+    bool done = false;
   };
 
   void find_segments();
-  Source& source(std::size_t index);
   std::size_t read_segment(std::size_t index, const std::function<void(const LogEntry&)>& visit);
   bool read_index(std::size_t index, const std::function<void(const LogEntry&)>& visit, std::size_t* count);
   void take_header(const LogSegment& segment, const RunHeader& header);

@@ -34,19 +34,6 @@ bool ends_or_warns(const Record& record) {
          kind != EventRecord::OTHER;
 }
 
-// The run id of the newest attempt whose header can be read; empty: none.
-std::string earlier_run_id(const std::vector<LogSegment>& segments) {
-  for (auto segment = segments.rbegin(); segment != segments.rend(); ++segment) {
-    std::string payload;
-    Record record;
-    RecordReader reader(segment->path, ReadMode::SkipCorrupt);
-    if (reader.next(&payload) && record.ParseFromString(payload) && record.has_header()) {
-      return record.header().run_id();
-    }
-  }
-  return "";
-}
-
 std::string new_run_id() {
   std::random_device device;
   char id[20];
@@ -124,7 +111,9 @@ LogWriter::Thread::Thread(const std::string& directory, RunHeader header, const 
         header.set_format_version(kLogFormatVersion);
         header.set_attempt(segments.empty() ? 0 : segments.back().attempt + 1);
         header.set_segment(0);
-        if (header.run_id().empty()) header.set_run_id(earlier_run_id(segments));
+        RunHeader earlier;
+        if (header.run_id().empty() && read_newest_header(segments, &earlier))
+          header.set_run_id(earlier.run_id());
         if (header.run_id().empty()) header.set_run_id(new_run_id());
         if (!header.has_wall_time()) header.set_wall_time(wall_time());
         return std::move(header);

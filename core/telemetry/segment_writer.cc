@@ -50,7 +50,12 @@ void SegmentWriter::finish(const LostRecords& lost, bool last) {
   Record record;
   *record.mutable_segment_end() = end_;
   record.SerializeToString(&payload_);
-  append(payload_);
+  try {
+    append(payload_);
+  } catch (const Error&) {
+    file_.sync();  // what is there stays
+    throw;
+  }
   file_.sync();
   file_.close();
   write_file_atomically(log_index_path(file_.path()), index_ + frame_record(payload_));

@@ -6,6 +6,7 @@
 #include "core/error.h"
 #include "core/files/checkpoint_directory.h"
 #include "core/files/checkpoint_reader.h"
+#include "tests/flip_bit.h"
 #include "tests/small_disk.h"
 #include "tests/temporary_directory.h"
 
@@ -20,14 +21,6 @@ std::vector<float> numbers(int count, float first = 0) {
   return values;
 }
 Tensor view(std::vector<float>& values) { return {values.data(), DType::F32, {std::int64_t(values.size())}}; }
-
-void flip_bit(const std::string& path, std::int64_t offset) {
-  std::fstream file(path, std::ios::in | std::ios::out | std::ios::binary);
-  file.seekg(offset);
-  const auto byte = static_cast<char>(file.get() ^ 1);
-  file.seekp(offset);
-  file.put(byte);
-}
 
 template <class Call>
 std::string error_of(const Call& call) {

@@ -12,6 +12,7 @@
 #include "core/telemetry/log_verify.h"
 #include "core/telemetry/log_writer.h"
 #include "core/telemetry/run_log.h"
+#include "tests/flip_bit.h"
 #include "tests/small_log.h"
 #include "tests/temporary_directory.h"
 
@@ -26,14 +27,6 @@ void write_attempt(const std::string& directory, int first, int last, double sca
   for (int step = first; step <= last; ++step) log.step(step_of(metrics, step, scale));
   log.event(event_of(EventRecord::END, last));
   ASSERT_TRUE(log.close().complete());
-}
-
-void flip_bit(const std::string& path, std::int64_t offset) {
-  std::fstream file(path, std::ios::in | std::ios::out | std::ios::binary);
-  file.seekg(offset);
-  const auto byte = static_cast<char>(file.get() ^ 16);
-  file.seekp(offset);
-  file.put(byte);
 }
 
 TEST(LogReader, LaterAttemptsSupersede) {

@@ -9,6 +9,7 @@
 #include "core/files/atomic_file.h"
 #include "core/files/crc32c.h"
 #include "core/random.h"
+#include "tests/flip_bit.h"
 #include "tests/small_disk.h"
 #include "tests/temporary_directory.h"
 
@@ -32,14 +33,6 @@ std::string write_records(const TemporaryDirectory& directory, int count) {
   for (int i = 0; i < count; ++i) writer.write(payload_of(i));
   writer.close();
   return path;
-}
-
-void flip_bit(const std::string& path, std::int64_t offset) {
-  std::fstream file(path, std::ios::in | std::ios::out | std::ios::binary);
-  file.seekg(offset);
-  const auto byte = static_cast<char>(file.get() ^ 4);
-  file.seekp(offset);
-  file.put(byte);
 }
 
 // How many records a reader gets before it ends or throws.
