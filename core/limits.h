@@ -11,4 +11,8 @@ namespace hybridmoe {
 // backend and releases them.
 double measure_product_limit(Backend& backend, double seconds = 0.3);
 
+// Bytes per second, read and written, of copying 64 MiB: the limit of operators that only move data.
+// Allocates 128 MiB and releases them.
+double measure_copy_limit(Backend& backend, double seconds = 0.2);
+
 }  // namespace hybridmoe

@@ -36,36 +36,25 @@ Space space_of(std::byte* block, const AttentionShape& shape, std::int64_t* byte
   return space;
 }
 
-// -inf where a query does not see a key.
-void hide(const AttentionShape& shape, const std::int32_t* doc_start, std::int64_t query_tile,
-          std::int64_t key_tile, float* scores) {
-  const std::int64_t first_key = key_tile * kTile;
-  for (std::int64_t i = 0; i < shape.tile_queries(query_tile); ++i) {
-    const std::int64_t query = query_tile * kTile + i;
-    const std::int64_t end = std::clamp<std::int64_t>(shape.first_query + query + 1 - first_key, 0, kTile);
-    const std::int64_t begin =
-        doc_start == nullptr ? 0 : std::clamp<std::int64_t>(doc_start[query] - first_key, 0, kTile);
-    float* row = scores + i * kTile;
-    std::fill(row, row + begin, -kInfinity);
-    std::fill(row + end, row + kTile, -kInfinity);
-  }
-}
-
-// Scores to probabilities relative to the new maximum; earlier results are scaled to it.
-void soften_row(const Space& space, const AttentionShape& shape, std::int64_t i, std::int64_t count) {
+// Scores to probabilities relative to the new maximum, 0 where the query does not see the key; earlier
+// results are scaled to it.
+void soften_row(const Space& space, const AttentionShape& shape, std::int64_t i, const KeyRange& seen,
+                std::int64_t count) {
   float* row = space.scores + i * kTile;
   float largest = space.max[i];
 #pragma omp simd reduction(max : largest)
-  for (std::int64_t j = 0; j < count; ++j) largest = row[j] > largest ? row[j] : largest;
+  for (std::int64_t j = seen.begin; j < seen.end; ++j) largest = row[j] > largest ? row[j] : largest;
   // A row that has seen no key yet: all its differences would be inf - inf.
   const float reference = largest == -kInfinity ? 0.f : largest;
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (std::int64_t j = 0; j < count; ++j) {
-    row[j] = exp_float(row[j] - reference);
+  for (std::int64_t j = seen.begin; j < seen.end; ++j) {
+    row[j] = exp_nonpositive(row[j] - reference);
     sum += row[j];
   }
-  const float correction = exp_float(space.max[i] - reference);
+  std::fill(row, row + seen.begin, 0.f);
+  std::fill(row + seen.end, row + count, 0.f);
+  const float correction = exp_nonpositive(space.max[i] - reference);
   space.sum[i] = space.sum[i] * correction + sum;
   space.max[i] = largest;
   float* o = space.o + i * shape.width;
@@ -99,14 +88,14 @@ float query_tile(const AttentionForward& op, const AttentionShape& shape, const 
   const std::int32_t* doc_start =
       op.doc_start.empty() ? nullptr : op.doc_start.ptr<std::int32_t>() + sequence * shape.queries;
   const std::int64_t rows = shape.tile_queries(tile);
-  const TileBounds bounds = bounds_of(shape, doc_start, tile);
   copy_head<C>(op.q, sequence * shape.queries + tile * kTile, rows, head, shape, static_cast<float>(op.scale),
                space.q);
   std::fill_n(space.o, rows * shape.width, 0.f);
   std::fill_n(space.max, rows, -kInfinity);
   std::fill_n(space.sum, rows, 0.f);
-  for (std::int64_t j = bounds.first_key / kTile; j * kTile < bounds.end_key; ++j) {
-    const std::int64_t count = shape.tile_keys(j);
+  const KeyRange keys = keys_of_tile(shape, doc_start, tile);
+  for (std::int64_t j = keys.begin / kTile; j * kTile < keys.end; ++j) {
+    const std::int64_t count = shape.tile_keys(j), diagonal = diagonal_of(shape, tile, j);
     tile_product({.m = rows,
                   .n = count,
                   .k = shape.head_dim,
@@ -116,9 +105,12 @@ float query_tile(const AttentionForward& op, const AttentionShape& shape, const 
                   .b = space.keys + j * shape.head_dim * kTile,
                   .ldb = kTile,
                   .c = space.scores,
-                  .ldc = kTile});
-    if (partly_hidden(shape, bounds, tile, j)) hide(shape, doc_start, tile, j, space.scores);
-    for (std::int64_t i = 0; i < rows; ++i) soften_row(space, shape, i, count);
+                  .ldc = kTile,
+                  .triangle = Triangle::LowerResult,
+                  .diagonal = diagonal});
+    for (std::int64_t i = 0; i < rows; ++i) {
+      soften_row(space, shape, i, keys_of_query(shape, doc_start, tile * kTile + i, j), count);
+    }
     tile_product({.m = rows,
                   .n = shape.head_dim,
                   .k = count,
@@ -129,7 +121,9 @@ float query_tile(const AttentionForward& op, const AttentionShape& shape, const 
                   .ldb = shape.width,
                   .c = space.o,
                   .ldc = shape.width,
-                  .accumulate = true});
+                  .accumulate = true,
+                  .triangle = Triangle::LowerLeft,
+                  .diagonal = diagonal});
   }
   store_tile<C>(op, shape, space, sequence, head, tile);
   return *std::max_element(space.max, space.max + rows);

@@ -48,20 +48,17 @@ struct Task {
 // probs = exp(scores - lse), 0 where hidden; dscores = probs ⊙ (dscores - delta).
 void differentiate_row(const AttentionShape& shape, const Task& task, std::int64_t query,
                        std::int64_t key_tile, float* probs, float* dscores) {
-  const std::int64_t first_key = key_tile * kTile, count = shape.tile_keys(key_tile);
-  const std::int64_t end = std::clamp<std::int64_t>(query + 1 - first_key, 0, count);
-  const std::int64_t begin =
-      task.doc_start == nullptr ? 0 : std::clamp<std::int64_t>(task.doc_start[query] - first_key, 0, end);
+  const KeyRange seen = keys_of_query(shape, task.doc_start, query, key_tile);
   const float lse = task.lse[query], delta = task.delta[query];
-  std::fill(probs, probs + begin, 0.f);
-  std::fill(dscores, dscores + begin, 0.f);
+  std::fill(probs, probs + seen.begin, 0.f);
+  std::fill(dscores, dscores + seen.begin, 0.f);
 #pragma omp simd
-  for (std::int64_t j = begin; j < end; ++j) {
-    probs[j] = exp_float(probs[j] - lse);
+  for (std::int64_t j = seen.begin; j < seen.end; ++j) {
+    probs[j] = exp_nonpositive(probs[j] - lse);
     dscores[j] = probs[j] * (dscores[j] - delta);
   }
-  std::fill(probs + end, probs + count, 0.f);
-  std::fill(dscores + end, dscores + count, 0.f);
+  std::fill(probs + seen.end, probs + shape.tile_keys(key_tile), 0.f);
+  std::fill(dscores + seen.end, dscores + shape.tile_keys(key_tile), 0.f);
 }
 
 // delta[query] = Σ do · o for the rows of a tile; do is already in fp32.
@@ -100,9 +97,10 @@ void query_tile(const AttentionBackward& op, const AttentionShape& shape, const 
   copy_head<C>(op.do_, first_row, rows, task.head, shape, 1.f, space.grad_o);
   dot_outputs<C>(op, shape, task, space, tile);
   std::fill_n(space.dq, rows * width, 0.f);
-  const TileBounds bounds = bounds_of(shape, task.doc_start, tile);
-  for (std::int64_t j = bounds.first_key / kTile; j * kTile < bounds.end_key; ++j) {
+  const KeyRange keys = keys_of_tile(shape, task.doc_start, tile);
+  for (std::int64_t j = keys.begin / kTile; j * kTile < keys.end; ++j) {
     const std::int64_t count = shape.tile_keys(j), first = j * kTile * width;
+    const std::int64_t diagonal = diagonal_of(shape, tile, j);
     tile_product({.m = rows,
                   .n = count,
                   .k = d,
@@ -112,7 +110,9 @@ void query_tile(const AttentionBackward& op, const AttentionShape& shape, const 
                   .b = space.keys_transposed + j * d * kTile,
                   .ldb = kTile,
                   .c = space.probs,
-                  .ldc = kTile});
+                  .ldc = kTile,
+                  .triangle = Triangle::LowerResult,
+                  .diagonal = diagonal});
     tile_product({.m = rows,
                   .n = count,
                   .k = d,
@@ -122,7 +122,9 @@ void query_tile(const AttentionBackward& op, const AttentionShape& shape, const 
                   .b = space.values_transposed + j * d * kTile,
                   .ldb = kTile,
                   .c = space.dscores,
-                  .ldc = kTile});
+                  .ldc = kTile,
+                  .triangle = Triangle::LowerResult,
+                  .diagonal = diagonal});
     for (std::int64_t i = 0; i < rows; ++i) {
       differentiate_row(shape, task, tile * kTile + i, j, space.probs + i * kTile, space.dscores + i * kTile);
     }
@@ -136,7 +138,9 @@ void query_tile(const AttentionBackward& op, const AttentionShape& shape, const 
                   .ldb = width,
                   .c = space.dv + first,
                   .ldc = width,
-                  .accumulate = true});
+                  .accumulate = true,
+                  .triangle = Triangle::UpperLeft,
+                  .diagonal = diagonal});
     tile_product({.m = count,
                   .n = d,
                   .k = rows,
@@ -147,7 +151,9 @@ void query_tile(const AttentionBackward& op, const AttentionShape& shape, const 
                   .ldb = width,
                   .c = space.dk + first,
                   .ldc = width,
-                  .accumulate = true});
+                  .accumulate = true,
+                  .triangle = Triangle::UpperLeft,
+                  .diagonal = diagonal});
     tile_product({.m = rows,
                   .n = d,
                   .k = count,
@@ -158,7 +164,9 @@ void query_tile(const AttentionBackward& op, const AttentionShape& shape, const 
                   .ldb = width,
                   .c = space.dq,
                   .ldc = width,
-                  .accumulate = true});
+                  .accumulate = true,
+                  .triangle = Triangle::LowerLeft,
+                  .diagonal = diagonal});
   }
   store_head<C>(op.dq, first_row, rows, task.head, shape, scale, space.dq);
 }

@@ -12,7 +12,10 @@
 
 namespace hybridmoe::cpu {
 
-inline constexpr std::int64_t kTile = 64;  // queries and keys of a tile
+// Queries and keys of a tile: whole strips of the tile products, and five such tiles fit into the
+// second-level cache.
+inline constexpr std::int64_t kTile = 96;
+static_assert(kTile % kStripRows == 0 && kTile % (2 * kLanes) == 0);
 
 struct AttentionShape {
   std::int64_t queries, keys, first_query, head_dim, width;  // width: head_dim padded for the tile products
@@ -33,27 +36,40 @@ struct AttentionShape {
   std::int64_t tile_queries(std::int64_t tile) const { return std::min(kTile, queries - tile * kTile); }
 };
 
-// Which keys the queries of a tile see, from causality and document starts.
-struct TileBounds {
-  std::int64_t first_key;   // smallest doc_start of the tile's queries
-  std::int64_t last_first;  // largest
-  std::int64_t end_key;     // one past the last key that the last query sees
+// Keys [begin, end) that the queries of a tile see, together.
+struct KeyRange {
+  std::int64_t begin, end;
 };
 
-inline TileBounds bounds_of(const AttentionShape& shape, const std::int32_t* doc_start, std::int64_t tile) {
+inline KeyRange keys_of_tile(const AttentionShape& shape, const std::int32_t* doc_start, std::int64_t tile) {
   const std::int64_t begin = tile * kTile, end = begin + shape.tile_queries(tile);
-  TileBounds bounds = {0, 0, shape.first_query + end};
-  if (doc_start == nullptr) return bounds;
-  bounds.first_key = *std::min_element(doc_start + begin, doc_start + end);
-  bounds.last_first = *std::max_element(doc_start + begin, doc_start + end);
-  return bounds;
+  const std::int64_t first = doc_start == nullptr ? 0 : *std::min_element(doc_start + begin, doc_start + end);
+  return {first, shape.first_query + end};
 }
 
-// Whether some query of the tile does not see some key of the key tile.
-inline bool partly_hidden(const AttentionShape& shape, const TileBounds& bounds, std::int64_t query_tile,
-                          std::int64_t key_tile) {
-  const std::int64_t first_key = key_tile * kTile, last_key = first_key + shape.tile_keys(key_tile) - 1;
-  return last_key > shape.first_query + query_tile * kTile || first_key < bounds.last_first;
+// The keys of a key tile that one query sees, counted from the tile's first.
+inline KeyRange keys_of_query(const AttentionShape& shape, const std::int32_t* doc_start, std::int64_t query,
+                              std::int64_t key_tile) {
+  const std::int64_t first = key_tile * kTile, count = shape.tile_keys(key_tile);
+  const std::int64_t end = std::clamp<std::int64_t>(shape.first_query + query + 1 - first, 0, count);
+  const std::int64_t begin =
+      doc_start == nullptr ? 0 : std::clamp<std::int64_t>(doc_start[query] - first, 0, end);
+  return {begin, end};
+}
+
+// Query i of a tile sees key j of a key tile only if j <= i + diagonal.
+inline std::int64_t diagonal_of(const AttentionShape& shape, std::int64_t query_tile, std::int64_t key_tile) {
+  return shape.first_query + (query_tile - key_tile) * kTile;
+}
+
+// A head's part of a row, asked for some rows ahead: rows lie too far apart for the hardware to foresee them.
+template <class C>
+void prefetch_head(const C* part, std::int64_t row_stride, std::int64_t head_dim) {
+  constexpr std::int64_t kRowsAhead = 8;
+  const char* ahead = reinterpret_cast<const char*>(part + kRowsAhead * row_stride);
+  for (std::int64_t byte = 0; byte < head_dim * static_cast<std::int64_t>(sizeof(C)); byte += 64) {
+    __builtin_prefetch(ahead + byte);
+  }
 }
 
 // Rows [begin, begin + count) of one head, times factor, to panel rows padded by zeros to shape.width.
@@ -62,6 +78,7 @@ void copy_head(const Tensor& matrix, std::int64_t begin, std::int64_t count, std
                const AttentionShape& shape, float factor, float* panel) {
   for (std::int64_t t = 0; t < count; ++t) {
     const C* row = row_of<C>(matrix, begin + t) + head * shape.head_dim;
+    prefetch_head(row, matrix.row_stride(), shape.head_dim);
     float* target = panel + t * shape.width;
 #pragma omp simd
     for (std::int64_t i = 0; i < shape.head_dim; ++i) target[i] = to_float(row[i]) * factor;
@@ -80,6 +97,7 @@ void transpose_head(const Tensor& matrix, std::int64_t begin, std::int64_t head,
     if (count < kTile) std::fill_n(target, shape.head_dim * kTile, 0.f);
     for (std::int64_t t = 0; t < count; ++t) {
       const C* row = row_of<C>(matrix, begin + tile * kTile + t) + head * shape.head_dim;
+      prefetch_head(row, matrix.row_stride(), shape.head_dim);
       for (std::int64_t i = 0; i < shape.head_dim; ++i) target[i * kTile + t] = to_float(row[i]);
     }
   }

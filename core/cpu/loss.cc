@@ -58,7 +58,7 @@ void partial_row(const HeadPartial& op, std::int64_t t) {
   for (std::int64_t j = 0; j < valid; ++j) largest = logits[j] > largest ? logits[j] : largest;
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (std::int64_t j = 0; j < valid; ++j) sum += exp_float(logits[j] - largest);
+  for (std::int64_t j = 0; j < valid; ++j) sum += exp_nonpositive(logits[j] - largest);
   const std::int64_t target = op.targets.ptr<std::int32_t>()[t] - op.first_row;
   const bool here = op.targets.ptr<std::int32_t>()[t] >= 0 && target >= 0 && target < columns;
   op.max.ptr<float>()[t] = largest;
@@ -81,10 +81,10 @@ void gradient_row(const HeadFinish& op, std::int64_t t, C* dlogits) {
   const float factor = scale / op.sumexp.ptr<float>()[t];
   const std::int64_t own = target - op.first_row;
   const bool here = own >= 0 && own < columns;
-  const float hit = here ? exp_float(logits[own] - largest) * factor - scale : 0.f;
+  const float hit = here ? exp_nonpositive(logits[own] - largest) * factor - scale : 0.f;
 #pragma omp simd
   for (std::int64_t j = 0; j < columns; ++j) {
-    dlogits[j] = from_float<C>(exp_float(logits[j] - largest) * factor);
+    dlogits[j] = from_float<C>(exp_nonpositive(logits[j] - largest) * factor);
   }
   if (here) dlogits[own] = from_float<C>(hit);
 }

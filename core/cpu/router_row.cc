@@ -55,7 +55,7 @@ float log_sum_exp(const float* logits, std::int64_t experts) {
   for (std::int64_t e = 0; e < experts; ++e) largest = logits[e] > largest ? logits[e] : largest;
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (std::int64_t e = 0; e < experts; ++e) sum += exp_float(logits[e] - largest);
+  for (std::int64_t e = 0; e < experts; ++e) sum += exp_nonpositive(logits[e] - largest);
   return largest + std::log(sum);
 }
 
@@ -66,7 +66,7 @@ void router_scores(RouterScores scores, const float* logits, float lse, float* p
     return;
   }
 #pragma omp simd
-  for (std::int64_t e = 0; e < experts; ++e) probs[e] = exp_float(logits[e] - lse);
+  for (std::int64_t e = 0; e < experts; ++e) probs[e] = exp_nonpositive(logits[e] - lse);
 }
 
 void choose_experts(const RouterRule& rule, const float* probs, const float* bias, std::int64_t experts,
@@ -165,7 +165,7 @@ void router_backward_row(const RouterRule& rule, const RouterBackwardRow& row, s
     mean += p[e] / sum * balance * static_cast<float>(row.balance_counts[e]);
   }
   for (std::int64_t e = 0; e < experts; ++e) {
-    const float auxiliary = row.z_scale != 0 ? z * exp_float(dlogits[e] - row.lse) : 0.f;
+    const float auxiliary = row.z_scale != 0 ? z * exp_nonpositive(dlogits[e] - row.lse) : 0.f;
     const float score = (balance * static_cast<float>(row.balance_counts[e]) - mean) / sum;
     dlogits[e] = score * p[e] * (1.f - p[e]) + auxiliary;
   }

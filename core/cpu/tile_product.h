@@ -2,8 +2,8 @@
 // and the router, where a library call per tile costs more than it saves.
 //
 // B and C are row-major with rows padded to a multiple of kLanes, and n is rounded up to such a multiple: the
-// padding is computed too and must be readable and finite. A has any two strides, so that a transposed A is
-// free. The order of summation over k is ascending for every element, whatever m and n are.
+// padding is computed too and must be readable. A has any two strides, so that a transposed A is free. The
+// order of summation over k is ascending for every element, whatever m and n are.
 #pragma once
 
 #include <cstdint>
@@ -25,6 +25,15 @@ constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
+// What of a product need not be computed, because of a triangle of zeros (or of results nobody reads) beside
+// a diagonal. Work is left out by strips of rows: what is left out of C keeps its value.
+enum class Triangle {
+  None,
+  LowerResult,  // only C[i, j] with j <= i + diagonal is wanted
+  LowerLeft,    // A[i, p] = 0 where p > i + diagonal
+  UpperLeft,    // A[i, p] = 0 where i > p + diagonal
+};
+
 struct TileProduct {
   std::int64_t m, n, k;
   const float* a;
@@ -34,56 +43,10 @@ struct TileProduct {
   float* c;
   std::int64_t ldc;
   bool accumulate = false;
+  Triangle triangle = Triangle::None;
+  std::int64_t diagonal = 0;
 };
 
-typedef float Lanes __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
-
-// Rows [0, kRows) and kColumns vectors of columns: accumulators stay in registers.
-template <int kRows, int kColumns>
-inline void tile_strip(const TileProduct& t, const float* a, const float* b, float* c) {
-  Lanes sum[kRows][kColumns];
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 2
-    for (int j = 0; j < kColumns; ++j) {
-      sum[i][j] = t.accumulate ? *reinterpret_cast<const Lanes*>(c + i * t.ldc + j * kLanes) : Lanes{};
-    }
-  }
-  for (std::int64_t p = 0; p < t.k; ++p) {
-    const float* row = b + p * t.ldb;
-    const float* column = a + p * t.a_column;
-    Lanes right[kColumns];
-#pragma GCC unroll 2
-    for (int j = 0; j < kColumns; ++j) right[j] = *reinterpret_cast<const Lanes*>(row + j * kLanes);
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-      const float left = column[i * t.a_row];
-#pragma GCC unroll 2
-      for (int j = 0; j < kColumns; ++j) sum[i][j] += left * right[j];
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 2
-    for (int j = 0; j < kColumns; ++j) *reinterpret_cast<Lanes*>(c + i * t.ldc + j * kLanes) = sum[i][j];
-  }
-}
-
-template <int kColumns>
-inline void tile_columns(const TileProduct& t, std::int64_t column) {
-  const float* b = t.b + column;
-  std::int64_t i = 0;
-  for (; i + kStripRows <= t.m; i += kStripRows) {
-    tile_strip<kStripRows, kColumns>(t, t.a + i * t.a_row, b, t.c + i * t.ldc + column);
-  }
-  for (; i + 4 <= t.m; i += 4) tile_strip<4, kColumns>(t, t.a + i * t.a_row, b, t.c + i * t.ldc + column);
-  for (; i < t.m; ++i) tile_strip<1, kColumns>(t, t.a + i * t.a_row, b, t.c + i * t.ldc + column);
-}
-
-inline void tile_product(const TileProduct& t) {
-  std::int64_t column = 0;
-  for (; column + 2 * kLanes <= round_up(t.n, kLanes); column += 2 * kLanes) tile_columns<2>(t, column);
-  if (column < t.n) tile_columns<1>(t, column);
-}
+void tile_product(const TileProduct& product);
 
 }  // namespace hybridmoe::cpu

@@ -32,13 +32,13 @@ inline BFloat16 from_float<BFloat16>(float value) {
   return result;
 }
 
-// e^x within 2 ulp (largest seen: 1.0 ulp over all floats in [-87, 88]); 0 below -87.3, infinity above 88.7,
-// NaN for NaN. x = n ln 2 + r, |r| <= ln 2 / 2, and the polynomial of Cephes' expf (Moshier) for e^r.
-inline float exp_float(float x) {
-  constexpr float kLow = -87.33654f, kHigh = 88.72283f;
-  constexpr float kShift = 12582912.f;  // 1.5 · 2^23: adding it rounds to an integer in the low mantissa bits
-  float t = x < kLow ? kLow : x;        // comparisons with NaN are false: it passes through
-  t = t > kHigh ? kHigh : t;
+// e^x for x <= 0 (and what rounding leaves above it) within 2 ulp; 0 below -87.3, NaN for NaN. x = n ln 2 + r
+// with |r| <= ln 2 / 2, and the polynomial of Cephes' expf (Moshier) for e^r.
+inline float exp_nonpositive(float x) {
+  constexpr float kLow = -87.33654f;
+  // 1.5 · 2^23 + 127: adding it rounds to an integer, whose low bits are those of the exponent field of 2^n.
+  constexpr float kShift = 12582912.f + 127.f;
+  const float t = x < kLow ? kLow : x;  // a comparison with NaN is false: it passes through
   const float shifted = t * 1.44269504088896341f + kShift;
   const float n = shifted - kShift;
   const float r = (t - n * 0.693359375f) - n * -2.12194440e-4f;
@@ -49,15 +49,13 @@ inline float exp_float(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.f;
-  // 2^n in two factors: n may be 128, where a single one would overflow.
-  const std::int32_t integer = std::bit_cast<std::int32_t>(shifted) - 0x4b400000;
-  const std::int32_t half = integer >> 1;
-  const float low = std::bit_cast<float>((half + 127) << 23);
-  const float high = std::bit_cast<float>((integer - half + 127) << 23);
-  const float result = p * low * high;
-  return x < kLow ? 0.f : (x > kHigh ? std::bit_cast<float>(0x7f800000u) : result);
+  const float power = std::bit_cast<float>(std::bit_cast<std::uint32_t>(shifted) << 23);
+  return x < kLow ? 0.f : p * power;
 }
 
-inline float sigmoid(float x) { return 1.f / (1.f + exp_float(-x)); }
+inline float sigmoid(float x) {
+  const float e = exp_nonpositive(x < 0 ? x : -x);
+  return (x < 0 ? e : 1.f) / (1.f + e);
+}
 
 }  // namespace hybridmoe::cpu

@@ -1,0 +1,185 @@
+// hybridmoe-bench: the machine's limits, every operator and a whole training step against them, in one run.
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <iostream>
+#include <sstream>
+#include <thread>
+#include <vector>
+
+#include "core/config/layers.h"
+#include "core/config/load.h"
+#include "core/limits.h"
+#include "parallel/mesh.h"
+#include "parallel/mpi_communicator.h"
+#include "tools/operator_bench.h"
+#include "tools/step_bench.h"
+
+namespace hybridmoe {
+namespace {
+
+struct Options {
+  std::string precision = "auto", size = "all", filter, config;
+  std::vector<std::string> overrides;
+  int threads = 0;
+  double seconds = 0.2, step_seconds = 5;
+  bool no_operators = false, no_step = false, no_flush = false;
+};
+
+// 0: go on; else the exit status plus one.
+int parse(int argc, char** argv, Options* options) {
+  CLI::App app(
+      "Measures the limit of matrix products and of copying, then every operator and a whole training step "
+      "against "
+      "them. Under mpirun all ranks measure at once, and rank 0 prints.");
+  app.add_option("--precision", options->precision, "bf16, f32, or auto: bf16 where the CPU multiplies it")
+      ->check(CLI::IsMember({"auto", "f32", "bf16"}))
+      ->capture_default_str();
+  app.add_option("--threads", options->threads,
+                 "OpenMP threads per rank; 0: OMP_NUM_THREADS, else cores / ranks")
+      ->capture_default_str();
+  CLI::Option* size =
+      app.add_option("--size", options->size, "which built-in model: quickstart, d512, or all")
+          ->check(CLI::IsMember({"quickstart", "d512", "all"}))
+          ->capture_default_str();
+  app.add_option("--config", options->config,
+                 "a model of your own (its vocabulary must be set); its data is not read")
+      ->excludes(size);
+  app.add_option("--set", options->overrides, "override a field: PATH=VALUE, repeatable")
+      ->allow_extra_args(false)
+      ->take_all();
+  app.add_option("--filter", options->filter, "only operators whose name contains this");
+  app.add_option("--seconds", options->seconds, "spent on each operator")->capture_default_str();
+  app.add_option("--step_seconds", options->step_seconds, "spent on the training step")
+      ->capture_default_str();
+  app.add_flag("--no_operators", options->no_operators, "skip the operators");
+  app.add_flag("--no_step", options->no_step, "skip the training step");
+  app.add_flag("--no_flush", options->no_flush, "leave the caches warm between runs of an operator");
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 1 : 3;
+  }
+  return 0;
+}
+
+// The models of docs/benchmarks.md: that of configs/quickstart.textproto and that of
+// configs/bench-d512.textproto.
+constexpr const char* kQuickstart =
+    "name: 'quickstart' batch { sequences: 8 } model { layers: 4 d_model: 192 heads: 4 sequence_length: 256 "
+    "vocabulary: 257 moe { experts: 8 top_k: 2 expert_hidden: 256 } }";
+constexpr const char* kD512 =
+    "name: 'd512' batch { sequences: 8 } model { layers: 8 d_model: 512 heads: 8 sequence_length: 512 "
+    "vocabulary: 4096 moe { experts: 16 top_k: 2 expert_hidden: 512 } }";
+
+std::vector<Config> models_of(const Options& options) {
+  if (!options.config.empty()) return {load_config(options.config, options.overrides)};
+  std::vector<Config> models;
+  for (const char* text : {kQuickstart, kD512}) {
+    const Config model = parse_config_text(text, "built-in model", options.overrides);
+    if (options.size == "all" || options.size == model.name()) models.push_back(model);
+  }
+  return models;
+}
+
+// The operators of a model with MoE layers, all sequences of a step in one micro-batch.
+testing::BenchmarkSize operators_of(const Config& config) {
+  const ModelConfig& model = config.model();
+  testing::BenchmarkSize size;
+  size.sequences = config.batch().sequences();
+  size.sequence_length = model.sequence_length();
+  size.d = model.d_model();
+  size.heads = model.heads();
+  size.kv_heads = kv_heads_of(model);
+  size.head_dim = head_dim_of(model);
+  size.experts = model.moe().experts();
+  size.top_k = model.moe().top_k();
+  size.hidden = model.moe().expert_hidden();
+  size.vocabulary = padded_vocabulary_of(model.vocabulary());
+  return size;
+}
+
+int threads_of(const Options& options, int ranks) {
+  if (options.threads > 0) return options.threads;
+  if (const char* set = std::getenv("OMP_NUM_THREADS")) return std::max(1, std::atoi(set));
+  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()) / ranks);
+}
+
+double all_reduced(Communicator& world, double value, ReduceOp op) {
+  world.all_reduce(Tensor(&value, DType::F64, {1}), op, "bench limits").wait();
+  return value;
+}
+
+// Both limits on all ranks at once, repeated until no rank's improves by a hundredth: another program on the
+// machine makes a single measurement too low.
+MachineLimits measure_limits(Backend& backend, Communicator& world) {
+  MachineLimits limits;
+  for (int round = 0; round < 10; ++round) {
+    all_reduced(world, 0, ReduceOp::Sum);  // all ranks begin together
+    const double products = measure_product_limit(backend);
+    const bool better = products > 1.01 * limits.product_flops;
+    limits.product_flops = std::max(limits.product_flops, products);
+    if (all_reduced(world, better ? 1 : 0, ReduceOp::Max) == 0 && round >= 2) break;
+  }
+  all_reduced(world, 0, ReduceOp::Sum);
+  limits.copy_bytes = measure_copy_limit(backend);
+  return limits;
+}
+
+void print_limits(const MachineLimits& limits, Communicator& world, std::ostream& out) {
+  const double least = -all_reduced(world, -limits.product_flops, ReduceOp::Max);
+  const double products = all_reduced(world, limits.product_flops, ReduceOp::Sum);
+  const double copies = all_reduced(world, limits.copy_bytes, ReduceOp::Sum);
+  char text[200];
+  std::snprintf(text, sizeof text,
+                "limits: products %.1f GFLOP/s (%d ranks at once, the slowest %.1f); copying %.1f GB/s\n",
+                products * 1e-9, world.size(), least * 1e-9, copies * 1e-9);
+  out << text;
+}
+
+void run(const Options& options, const Groups& groups) {
+  Communicator& world = *groups.world;
+  std::ostringstream nowhere;
+  std::ostream& out = world.rank() == 0 ? std::cout : nowhere;
+  const bool bf16 = options.precision == "bf16" || (options.precision == "auto" && cpu_multiplies_bf16());
+  const auto backend = make_cpu_backend(
+      {.compute_type = bf16 ? DType::BF16 : DType::F32, .threads = threads_of(options, world.size())});
+  out << backend->name() << ", " << name_of(backend->compute_type())
+      << (bf16 && !cpu_multiplies_bf16() ? " (emulated: converted to f32)" : "") << '\n';
+  const MachineLimits limits = measure_limits(*backend, world);
+  print_limits(limits, world, out);
+  for (const Config& model : models_of(options)) {
+    out << "\n" << model.name() << '\n';
+    if (!options.no_operators) {
+      bench_operators(*backend, limits,
+                      {.size = operators_of(model),
+                       .filter = options.filter,
+                       .seconds = options.seconds,
+                       .flush_caches = !options.no_flush},
+                      out);
+    }
+    if (!options.no_step) {
+      bench_step(*backend, groups, limits.product_flops, {.config = model, .seconds = options.step_seconds},
+                 out);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace hybridmoe
+
+int main(int argc, char** argv) {
+  hybridmoe::Options options;
+  if (const int status = hybridmoe::parse(argc, argv, &options); status != 0) return status - 1;
+  hybridmoe::MpiEnvironment mpi(&argc, &argv);
+  try {
+    const hybridmoe::MeshCommunicators communicators(MPI_COMM_WORLD, hybridmoe::Mesh({.world = mpi.size()}));
+    hybridmoe::run(options, communicators.groups());
+    return 0;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "hybridmoe-bench: rank %d: %s\n", mpi.rank(), error.what());
+    mpi.abort(1);
+  }
+}

@@ -1,0 +1,24 @@
+// Times whole training steps of a model on random tokens and puts them next to the machine's product limit.
+#pragma once
+
+#include <ostream>
+
+#include "core/backend.h"
+#include "core/groups.h"
+#include "proto/config.pb.h"
+
+namespace hybridmoe {
+
+struct StepBench {
+  Config config;       // model, batch and data's vocabulary; its data sources are replaced
+  double seconds = 5;  // about how long to go on stepping; at least three steps
+};
+
+// Collective over groups.world. `rank_limit` is this rank's product limit in FLOP/s, measured on all ranks at
+// once. Rank 0 prints the median and best step, tokens per second, FLOP/s over the world without
+// recomputation and with causal attention as half, their share of the sum of the ranks' limits, and where the
+// time went.
+void bench_step(Backend& backend, const Groups& groups, double rank_limit, const StepBench& bench,
+                std::ostream& out);
+
+}  // namespace hybridmoe
