@@ -36,5 +36,24 @@ apt() {
     -o Acquire::https::Timeout=20 -o DPkg::Lock::Timeout=120 "$@"
 }
 
+# run_stoppable SIGNAL COMMAND...: runs the command and passes on the first SIGINT, SIGTERM or SIGHUP that the script
+# gets as SIGNAL, the second as SIGTERM. A session of its own keeps the terminal's Ctrl-C from the command.
+run_stoppable() {
+  local signal=$1 pid signals=0 before status
+  shift
+  setsid "$@" </dev/null &
+  pid=$!
+  trap 'signals=$((signals + 1))
+    if [ "$signals" -gt 1 ]; then signal=TERM; fi
+    kill -s "$signal" "$pid" || :' INT TERM HUP
+  while :; do # wait returns early, with a status above 128, when a trap has run
+    before=$signals status=0
+    wait "$pid" || status=$?
+    if [ "$signals" -eq "$before" ] || [ "$status" -le 128 ]; then break; fi
+  done
+  trap - INT TERM HUP
+  return "$status"
+}
+
 # Compiled objects are found again in the cache whichever copy of the tree they were built in.
 export CCACHE_NOHASHDIR=1
