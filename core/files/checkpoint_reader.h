@@ -17,6 +17,7 @@ class CheckpointReader {
   explicit CheckpointReader(const std::string& checkpoint_dir);
 
   const CheckpointManifest& manifest() const { return manifest_; }
+  const std::string& directory() const { return directory_; }
   // Of the manifest; throws Error when it has none of that name.
   const ParameterRecord& parameter(const std::string& name) const {
     return manifest_.parameter(index_of(name));
