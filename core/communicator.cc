@@ -9,13 +9,12 @@ void Communicator::agree(const std::string& error, const char* label) {
   std::string all;
   bool same = true;
   for (int r = 0; r < size(); ++r) {
-    if (errors[r].empty()) continue;
     same = same && errors[r] == errors[0];
+    if (errors[r].empty()) continue;
     all += cat(all.empty() ? "" : "\n", "rank ", r, ": ", errors[r]);
   }
   if (all.empty()) return;
-  if (same && !errors[0].empty())
-    throw SharedError(errors[0]);  // the same mistake everywhere needs saying once
+  if (same) throw SharedError(errors[0]);  // the same mistake everywhere needs saying once
   throw SharedError(all);
 }
 
