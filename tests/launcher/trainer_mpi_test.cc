@@ -1,11 +1,6 @@
 // N ranks compute what one process computes with the same global batch, and save and restore together.
-#include <csignal>
-#include <filesystem>
-#include <fstream>
 #include <gtest/gtest.h>
-#include <sys/resource.h>
 
-#include "launcher/checkpoint.h"
 #include "parallel/mesh.h"
 #include "tests/launcher/trainer_harness.h"
 #include "tests/temporary_directory.h"
