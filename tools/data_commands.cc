@@ -7,6 +7,7 @@
 #include <iostream>
 #include <memory>
 #include <optional>
+#include <thread>
 
 #include "core/config/load.h"
 #include "core/data/byte_model.h"
@@ -42,18 +43,6 @@ class ProgressLine {
   std::chrono::steady_clock::time_point printed_ = start_;
 };
 
-// The corpus keeps a copy of its model beside it, so that it can be moved and read on its own.
-std::string copy_model(const TokenizeCommand& command) {
-  const std::string copy = command.output + ".model";
-  if (fs::exists(copy) && fs::equivalent(copy, command.model)) return copy;
-  require(command.force || !fs::exists(copy), copy,
-          " exists already; choose another --output, or --force to replace it");
-  const fs::path folder = fs::path(copy).parent_path();
-  if (!folder.empty()) make_directories(folder.string());
-  write_file_atomically(copy, read_whole_file(command.model));
-  return copy;
-}
-
 std::unique_ptr<Tokenizer> make_tokenizer(const TokenizeCommand& command) {
   if (command.tokenizer == "byte") {
     require(command.model.empty(), "--model is for --tokenizer sentencepiece; the byte tokenizer needs none");
@@ -63,8 +52,8 @@ std::unique_ptr<Tokenizer> make_tokenizer(const TokenizeCommand& command) {
           ": byte or sentencepiece was expected");
   require(!command.model.empty(),
           "--tokenizer sentencepiece needs --model FILE; `hybridmoe-data train-tokenizer` makes one");
-  make_sentencepiece_tokenizer(command.model);  // a file that is no model is not copied
-  return make_sentencepiece_tokenizer(copy_model(command));
+  const int cores = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  return make_sentencepiece_tokenizer(command.model, command.processes > 0 ? command.processes : cores);
 }
 
 // The first bytes of a text on one line, other than printable characters escaped.
@@ -146,8 +135,8 @@ void run_inspect(const InspectCommand& command) {
   const auto info = read_corpus_info(command.corpus);
   const TokenFile file = open_corpus(command, info);
   std::int32_t vocabulary = command.vocabulary;
-  // Without any statement about the vocabulary every id is taken that fits a table in memory.
-  if (vocabulary == 0) vocabulary = info ? info->vocabulary() : 1 << 28;
+  // Without any statement about the vocabulary ids are taken up to more than anybody uses.
+  if (vocabulary == 0) vocabulary = info ? info->vocabulary() : 1 << 24;
   const CorpusReport report = inspect_corpus(file, vocabulary, info ? &*info : nullptr);
   print_report(report, file, info ? &*info : nullptr);
   for (const std::string& remark : report.remarks) std::cout << "note: " << remark << "\n";

@@ -15,6 +15,7 @@ struct TokenizeCommand {
   TextInputs inputs;
   std::string tokenizer = "byte";  // or "sentencepiece", with a model
   std::string model;
+  int processes = 0;   // of SentencePiece; 0: one for each core
   std::string output;  // prefix
   bool force = false;
 };

@@ -34,6 +34,8 @@ void add_tokenize(CLI::App* app) {
   sub->add_option("--tokenizer", command->tokenizer, "byte, or sentencepiece with --model")
       ->capture_default_str();
   sub->add_option("--model", command->model, "SentencePiece model; a copy becomes PREFIX.model");
+  sub->add_option("--processes", command->processes, "SentencePiece processes; 0: one for each core")
+      ->capture_default_str();
   sub->add_option("--output", command->output, "PREFIX of the corpus")->required();
   sub->add_flag("--force", command->force, "Replace a corpus that is there already");
   sub->callback([command] { run_tokenize(*command); });

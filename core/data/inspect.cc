@@ -69,12 +69,16 @@ CorpusReport inspect_corpus(const TokenFile& file, std::int32_t vocabulary, cons
   CorpusReport report;
   if (file.documents() >= 0) file.check_index();
   describe_lengths(document_lengths(file), &report);
-  std::vector<std::int64_t> counts(vocabulary, 0);
+  std::vector<std::int64_t> counts;  // by id, as far as ids are used
   std::vector<std::int32_t> tokens(kPiece);
   for (std::int64_t begin = 0; begin < file.tokens(); begin += kPiece) {
     const std::int64_t count = std::min(kPiece, file.tokens() - begin);
     file.read(begin, count, vocabulary, tokens.data());
-    for (std::int64_t i = 0; i < count; ++i) ++counts[tokens[i]];
+    for (std::int64_t i = 0; i < count; ++i) {
+      const auto id = static_cast<std::size_t>(tokens[i]);
+      if (id >= counts.size()) counts.resize(std::max(2 * counts.size(), id + 1));
+      ++counts[id];
+    }
   }
   const auto used = [](std::int64_t count) { return count > 0; };
   report.smallest_id =

@@ -68,10 +68,15 @@ std::string with_spaces(std::string_view piece) {
 
 class SentencePieceTokenizer : public Tokenizer {
  public:
-  explicit SentencePieceTokenizer(const std::string& path) : path_(path), helper_(kProgram) {
-    hash_ = hash_of(read_whole_file(path));
-    helper_.send(Kind::Load, path);
-    const std::string answer = helper_.receive();
+  SentencePieceTokenizer(const std::string& path, int processes) : path_(path) {
+    require(processes >= 1, processes, " processes of SentencePiece were asked for; at least 1 was expected");
+    model_ = read_whole_file(path);
+    std::string answer;
+    for (int i = 0; i < processes; ++i) {
+      helpers_.push_back(std::make_unique<HelperProcess>(kProgram));
+      helpers_.back()->send(Kind::Load, path);
+      answer = helpers_.back()->receive();
+    }
     protocol::Cursor cursor(answer);
     const auto pieces = cursor.take<std::uint32_t>();
     end_of_document_ = cursor.take<std::int32_t>();
@@ -101,12 +106,13 @@ class SentencePieceTokenizer : public Tokenizer {
   void describe(CorpusInfo* info) const override {
     info->set_tokenizer(CorpusInfo::SENTENCEPIECE);
     info->set_model_file(std::filesystem::path(path_).filename().string());
-    info->set_model_hash(hash_);
+    info->set_model_hash(hash_of(model_));
     info->set_vocabulary(vocabulary());
     info->set_end_of_document(end_of_document_);
     for (const std::string& text : texts_) info->add_token_bytes(static_cast<std::int32_t>(text.size()));
   }
 
+  const std::string* model() const override { return &model_; }
   std::vector<std::vector<std::int32_t>> encode(const std::vector<std::string>& texts) override;
 
  private:
@@ -115,10 +121,13 @@ class SentencePieceTokenizer : public Tokenizer {
     std::string_view foreign;
   };
   std::vector<Part> parts_of(std::string_view text) const;
+  std::string request_for(std::span<const std::string> texts) const;
+  void receive(HelperProcess* helper, std::span<const std::string> texts,
+               std::vector<std::vector<std::int32_t>>* tokens) const;
 
   std::string path_;
-  HelperProcess helper_;
-  std::string hash_;
+  std::vector<std::unique_ptr<HelperProcess>> helpers_;
+  std::string model_;  // the bytes of the file
   std::int32_t end_of_document_ = -1;
   std::vector<std::string> texts_;  // by id
   std::array<std::int32_t, 256> byte_ids_{};
@@ -140,33 +149,56 @@ std::vector<SentencePieceTokenizer::Part> SentencePieceTokenizer::parts_of(std::
   return parts;
 }
 
-std::vector<std::vector<std::int32_t>> SentencePieceTokenizer::encode(const std::vector<std::string>& texts) {
-  std::vector<std::vector<Part>> parts;
+std::string SentencePieceTokenizer::request_for(std::span<const std::string> texts) const {
   std::uint32_t count = 0;
   std::string request;
   protocol::put(&request, count);
   for (const std::string& text : texts) {
     require(text.size() < kLongestText, "a document of ", text.size(),
             " bytes is too long for SentencePiece; cut the text with --split_documents");
-    parts.push_back(parts_of(text));
-    for (const Part& part : parts.back()) protocol::put_text(&request, part.text);
-    count += static_cast<std::uint32_t>(parts.back().size());
+    for (const Part& part : parts_of(text)) {
+      protocol::put_text(&request, part.text);
+      ++count;
+    }
   }
   std::memcpy(request.data(), &count, sizeof count);
-  helper_.send(Kind::Encode, request);
-  const std::string answer = helper_.receive();
+  return request;
+}
+
+void SentencePieceTokenizer::receive(HelperProcess* helper, std::span<const std::string> texts,
+                                     std::vector<std::vector<std::int32_t>>* tokens) const {
+  const std::string answer = helper->receive();
   protocol::Cursor cursor(answer);
-  std::vector<std::vector<std::int32_t>> all;
-  for (const std::vector<Part>& text : parts) {
-    std::vector<std::int32_t>& tokens = all.emplace_back();
-    for (const Part& part : text) {
+  for (const std::string& text : texts) {
+    std::vector<std::int32_t>& out = tokens->emplace_back();
+    for (const Part& part : parts_of(text)) {
       const auto ids = cursor.take<std::uint32_t>();
-      for (std::uint32_t i = 0; i < ids && cursor.ok(); ++i) tokens.push_back(cursor.take<std::int32_t>());
-      for (const char byte : part.foreign) tokens.push_back(byte_ids_[static_cast<unsigned char>(byte)]);
+      for (std::uint32_t i = 0; i < ids && cursor.ok(); ++i) out.push_back(cursor.take<std::int32_t>());
+      for (const char byte : part.foreign) out.push_back(byte_ids_[static_cast<unsigned char>(byte)]);
     }
   }
   require(cursor.ok(), path_, ": the helper's answer is cut off");
-  return all;
+}
+
+// Each helper gets a run of texts of about the same size. It reads its request to the end before it answers,
+// so that all can be sent before the first answer is awaited.
+std::vector<std::vector<std::int32_t>> SentencePieceTokenizer::encode(const std::vector<std::string>& texts) {
+  std::size_t bytes = 0, sent = 0;
+  for (const std::string& text : texts) bytes += text.size();
+  std::vector<std::span<const std::string>> runs;
+  auto begin = texts.begin();
+  for (std::size_t h = 0; h < helpers_.size(); ++h) {
+    auto end = begin;
+    while (end != texts.end() && (h + 1 == helpers_.size() || sent * helpers_.size() < bytes * (h + 1))) {
+      sent += (end++)->size();
+    }
+    runs.emplace_back(begin, end);
+    helpers_[h]->send(Kind::Encode, request_for(runs.back()));
+    begin = end;
+  }
+  std::vector<std::vector<std::int32_t>> tokens;
+  for (std::size_t h = 0; h < helpers_.size(); ++h) receive(helpers_[h].get(), runs[h], &tokens);
+  return tokens;
 }
 
 // Sends lines to the helper, many in a frame.
@@ -196,8 +228,8 @@ class SentenceSender {
 
 }  // namespace
 
-std::unique_ptr<Tokenizer> make_sentencepiece_tokenizer(const std::string& model_path) {
-  return std::make_unique<SentencePieceTokenizer>(model_path);
+std::unique_ptr<Tokenizer> make_sentencepiece_tokenizer(const std::string& model_path, int processes) {
+  return std::make_unique<SentencePieceTokenizer>(model_path, processes);
 }
 
 std::string train_sentencepiece(const TextInputs& inputs, const SentencePieceTraining& training) {

@@ -15,8 +15,9 @@ namespace hybridmoe {
 
 // The model's end of sentence (</s>) ends documents. Bytes that are not UTF-8, zero bytes and the character
 // U+2581 (SentencePiece's own mark of a space) become byte pieces where the model has them. Throws Error when
-// the helper or the model is missing or wrong, and later when the helper dies. Not thread-safe.
-std::unique_ptr<Tokenizer> make_sentencepiece_tokenizer(const std::string& model_path);
+// the helper or the model is missing or wrong, and later when the helper dies. The texts
+// of a call to encode are shared out among `processes` helpers. Not thread-safe.
+std::unique_ptr<Tokenizer> make_sentencepiece_tokenizer(const std::string& model_path, int processes = 1);
 
 struct SentencePieceTraining {
   std::string type = "bpe";  // or "unigram"

@@ -120,7 +120,8 @@ std::vector<std::string> files_of_folder(const std::string& folder, const std::s
   std::vector<std::string> files;
   for (const auto& entry :
        fs::recursive_directory_iterator(folder, fs::directory_options::skip_permission_denied)) {
-    if (!entry.is_regular_file()) continue;
+    std::error_code failure;  // what cannot be looked at is no file
+    if (!entry.is_regular_file(failure)) continue;
     if (!match.empty() && ::fnmatch(match.c_str(), entry.path().filename().c_str(), 0) != 0) continue;
     files.push_back(entry.path().string());
   }

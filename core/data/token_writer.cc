@@ -29,17 +29,18 @@ std::int64_t largest_of(TokenType type) {
   }
 }
 
-void refuse_to_overwrite(const std::string& prefix, bool force) {
+void refuse_to_overwrite(const std::string& prefix, bool force, const std::string* model) {
   for (const char* extension : {".bin", ".idx", ".info"}) {
     require(force || !std::filesystem::exists(prefix + extension), prefix, extension,
             " exists already; choose another --output, or --force to replace it");
   }
-  std::error_code ignored;
-  std::filesystem::remove(prefix + ".idx", ignored);
+  const std::string copy = prefix + ".model";
+  require(force || model == nullptr || !std::filesystem::exists(copy) || read_whole_file(copy) == *model,
+          copy, " exists already and holds another model; choose another --output, or --force to replace it");
 }
 
-const std::string& prepared(const std::string& prefix, bool force) {
-  refuse_to_overwrite(prefix, force);
+const std::string& prepared(const std::string& prefix, bool force, const std::string* model) {
+  refuse_to_overwrite(prefix, force, model);
   const auto folder = std::filesystem::path(prefix).parent_path();
   if (!folder.empty()) make_directories(folder.string());
   return prefix;
@@ -51,8 +52,8 @@ TokenType token_type_for(std::int32_t vocabulary) {
   return vocabulary < 65500 ? TokenType::UInt16 : TokenType::Int32;
 }
 
-TokenWriter::TokenWriter(const std::string& prefix, TokenType type, bool force)
-    : prefix_(prefix), type_(type), bin_(prepared(prefix, force) + ".bin") {
+TokenWriter::TokenWriter(const std::string& prefix, TokenType type, bool force, const std::string* model)
+    : prefix_(prefix), model_(model), type_(type), bin_(prepared(prefix, force, model) + ".bin") {
   largest_of(type);
 }
 
@@ -117,15 +118,23 @@ void TokenWriter::write_index() {
   file.commit();
 }
 
-void TokenWriter::finish(CorpusInfo info) {
+CorpusInfo TokenWriter::finish(CorpusInfo info) {
   end_document();
   require(documents() > 0, prefix_, ": the input holds no text, so there is no corpus to write");
   flush();
   info.set_documents(documents());
   info.set_tokens(tokens_);
+  // From here on an old corpus is replaced: without its index it is none, whatever happens before the new one
+  // is there.
+  std::filesystem::remove(prefix_ + ".idx");
   bin_.commit();
+  if (model_ != nullptr) {
+    write_file_atomically(prefix_ + ".model", *model_);
+    info.set_model_file(std::filesystem::path(prefix_ + ".model").filename().string());
+  }
   write_file_atomically(prefix_ + ".info", corpus_info_text(info));
   write_index();
+  return info;
 }
 
 }  // namespace hybridmoe

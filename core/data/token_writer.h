@@ -20,16 +20,18 @@ TokenType token_type_for(std::int32_t vocabulary);
 
 class TokenWriter {
  public:
-  // Throws Error when a file of the corpus exists and `force` is false.
-  TokenWriter(const std::string& prefix, TokenType type, bool force);
+  // `model`: null, or the bytes of the tokenizer's model, which becomes PREFIX.model. Throws Error when a
+  // file of the corpus exists (with other content, of the model) and `force` is false.
+  TokenWriter(const std::string& prefix, TokenType type, bool force, const std::string* model = nullptr);
 
   // Adds tokens to the current document. Throws Error naming the id that the type cannot hold.
   void append(std::span<const std::int32_t> tokens);
   // A document without tokens is not written.
   void end_document();
-  // Ends the files; `info`'s documents and tokens are filled in. Nothing is left of a corpus that is not
-  // finished (except that `force` may have removed the old index). Throws Error when there is no document.
-  void finish(CorpusInfo info);
+  // Ends the files and returns what became the sidecar: `info` with documents, tokens and model file filled
+  // in. Until then an old corpus is as it was, and when it is not reached nothing is left of the new one.
+  // Throws Error when there is no document.
+  CorpusInfo finish(CorpusInfo info);
 
   std::int64_t tokens() const { return tokens_; }
   std::int64_t documents() const { return static_cast<std::int64_t>(document_index_.size()) - 1; }
@@ -40,6 +42,7 @@ class TokenWriter {
   void write_index();
 
   std::string prefix_;
+  const std::string* model_;
   TokenType type_;
   AtomicFile bin_;
   std::string buffer_;

@@ -13,7 +13,7 @@ constexpr std::size_t kBatchBytes = 1 << 20;
 
 CorpusInfo tokenize_corpus(const TextInputs& inputs, Tokenizer* tokenizer, const std::string& prefix,
                            bool force, const std::function<void(const TokenizeProgress&)>& progress) {
-  TokenWriter writer(prefix, token_type_for(tokenizer->vocabulary()), force);
+  TokenWriter writer(prefix, token_type_for(tokenizer->vocabulary()), force, tokenizer->model());
   TokenizeProgress state;
   std::vector<std::string> batch;
   std::size_t batch_bytes = 0;
@@ -41,10 +41,7 @@ CorpusInfo tokenize_corpus(const TextInputs& inputs, Tokenizer* tokenizer, const
   CorpusInfo info;
   tokenizer->describe(&info);
   info.set_text_bytes(state.text.bytes);
-  info.set_documents(writer.documents());
-  info.set_tokens(writer.tokens());
-  writer.finish(info);
-  return info;
+  return writer.finish(std::move(info));
 }
 
 }  // namespace hybridmoe

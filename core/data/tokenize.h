@@ -15,8 +15,9 @@ struct TokenizeProgress {
   std::int64_t tokens = 0;
 };
 
-// Writes PREFIX.bin, .idx and .info: each document of `inputs`, followed by the end of document. Returns the
-// sidecar's content. `progress` is called after every megabyte or so of text.
+// Writes PREFIX.bin, .idx, .info and, of a tokenizer with a model, .model: each document of `inputs`,
+// followed by the end of document. Returns the sidecar's content. `progress` is called after every megabyte
+// or so of text.
 CorpusInfo tokenize_corpus(const TextInputs& inputs, Tokenizer* tokenizer, const std::string& prefix,
                            bool force, const std::function<void(const TokenizeProgress&)>& progress);
 

@@ -23,6 +23,8 @@ class Tokenizer {
   virtual const std::string& token_text(std::int32_t id) const = 0;
   // The ids of each text, without an end of document.
   virtual std::vector<std::vector<std::int32_t>> encode(const std::vector<std::string>& texts) = 0;
+  // The bytes of the model's file; null where there is none.
+  virtual const std::string* model() const { return nullptr; }
   // Fills tokenizer, vocabulary, end_of_document and, where it is needed, token_bytes.
   virtual void describe(CorpusInfo* info) const = 0;
 

@@ -8,7 +8,6 @@
 #include <iterator>
 #include <numeric>
 #include <string>
-#include <unistd.h>
 #include <vector>
 
 #include "core/data/corpus_info.h"
@@ -16,20 +15,14 @@
 #include "core/error.h"
 #include "proto/config.pb.h"
 #include "proto/data.pb.h"
+#include "tests/temporary_directory.h"
 
 namespace hybridmoe::testing {
 
 // A folder of its own for each test, removed afterwards.
 class TemporaryFolder : public ::testing::Test {
  protected:
-  TemporaryFolder() {
-    std::string pattern = (std::filesystem::temp_directory_path() / "hybridmoe_test_XXXXXX").string();
-    if (::mkdtemp(pattern.data()) == nullptr) throw Error(pattern + ": cannot be created");
-    folder_ = pattern;
-  }
-  ~TemporaryFolder() override { std::filesystem::remove_all(folder_); }
-
-  std::string path(const std::string& name) const { return (folder_ / name).string(); }
+  std::string path(const std::string& name) const { return folder_.file(name); }
 
   std::string write(const std::string& name, const std::string& content) const {
     std::filesystem::create_directories(std::filesystem::path(path(name)).parent_path());
@@ -59,7 +52,7 @@ class TemporaryFolder : public ::testing::Test {
     return path(name);
   }
 
-  std::filesystem::path folder_;
+  TemporaryDirectory folder_;
 };
 
 // 0, 1, 2, ... modulo `modulus`.

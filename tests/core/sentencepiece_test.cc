@@ -80,7 +80,8 @@ TEST_F(SentencePieceTest, CorpusKnowsItsTokenizerAndBytes) {
   const auto tokenizer = make_sentencepiece_tokenizer(model);
   const CorpusInfo info =
       tokenize_corpus(text(), tokenizer.get(), path("c"), false, [](const TokenizeProgress&) {});
-  EXPECT_EQ(info.model_file(), "bpe.model");
+  EXPECT_EQ(info.model_file(), "c.model");
+  EXPECT_EQ(read(path("c.model")), read(model));
   const TokenFile file = TokenFile::open_indexed(path("c"));
   const CorpusReport report = inspect_corpus(file, info.vocabulary(), &info);
   EXPECT_EQ(report.text_bytes, info.text_bytes());
@@ -99,10 +100,20 @@ TEST_F(SentencePieceTest, CorpusKnowsItsTokenizerAndBytes) {
   EXPECT_GT(baseline.held_out_bytes, baseline.held_out_targets);
   EXPECT_LT(baseline.bits_per_byte[2], baseline.bits_per_byte[0]);
 
-  write("bpe.model", read(train("unigram")));
+  write("c.model", read(train("unigram")));
   EXPECT_NE(error_of([&] { open_tokenizer(path("c")); }).find("hash"), std::string::npos);
-  std::filesystem::remove(model);
-  EXPECT_NE(error_of([&] { open_tokenizer(path("c")); }).find("bpe.model"), std::string::npos);
+  std::filesystem::remove(path("c.model"));
+  EXPECT_NE(error_of([&] { open_tokenizer(path("c")); }).find("c.model"), std::string::npos);
+}
+
+TEST_F(SentencePieceTest, ProcessesShareTheWorkInOrder) {
+  const std::string model = train("bpe");
+  const auto one = make_sentencepiece_tokenizer(model), three = make_sentencepiece_tokenizer(model, 3);
+  std::vector<std::string> texts;
+  for (int i = 0; i < 50; ++i) texts.push_back(std::string(i * i % 17, 'x') + cat(" fox ", i));
+  EXPECT_EQ(three->encode(texts), one->encode(texts));
+  EXPECT_EQ(three->encode(texts[0]), one->encode(texts[0]));
+  EXPECT_TRUE(three->encode(std::vector<std::string>{}).empty());
 }
 
 TEST_F(SentencePieceTest, MistakesAreNamed) {

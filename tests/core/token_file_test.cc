@@ -182,9 +182,20 @@ TEST_F(TokenFileTest, WriterRefusesToOverwriteAndLeavesNothingUnfinished) {
     TokenWriter writer(path("unfinished"), TokenType::UInt16, false);
     writer.append(counting(10, 5));
   }
-  for (const auto& entry : std::filesystem::directory_iterator(folder_)) {
+  for (const auto& entry : std::filesystem::directory_iterator(folder_.path())) {
     EXPECT_EQ(entry.path().filename().string().find("unfinished"), std::string::npos) << entry.path();
   }
+  // Replacing an old corpus begins when the new one is complete.
+  {
+    TokenWriter writer(prefix, TokenType::UInt16, true);
+    writer.append(counting(10, 5));
+  }
+  EXPECT_EQ(TokenFile::open_indexed(prefix).tokens(), 1);
+  write("m.model", "one model");
+  const std::string model = "another model";
+  EXPECT_NE(
+      error_of([&] { TokenWriter(path("m"), TokenType::UInt16, false, &model); }).find("m.model exists"),
+      std::string::npos);
   TokenWriter empty(path("empty"), TokenType::UInt16, false);
   EXPECT_NE(error_of([&] { empty.finish(CorpusInfo()); }).find("no text"), std::string::npos);
   TokenWriter narrow(path("narrow"), TokenType::UInt16, false);
