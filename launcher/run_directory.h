@@ -26,10 +26,18 @@ class RunDirectory {
   void write_config(const Config& config) const;
 
  private:
+  explicit RunDirectory(const std::string& path) : path_(path) {}
+  void take_lock();
+
   std::string path_;
   int lock_ = -1;
 };
 
 std::string run_config_path(const std::string& run_dir);
+
+// The complete checkpoint of `step`, or the newest. Throws Error naming those that exist.
+CheckpointEntry checkpoint_to_resume(const std::string& run_dir, std::optional<std::int64_t> step);
+// The end of a message about the checkpoint of `step` that cannot be used: a line on how to use another.
+std::string advice_on_damage(const std::string& run_dir, std::int64_t step);
 
 }  // namespace hybridmoe

@@ -1,7 +1,9 @@
 // hybridmoe-train: the worker that mpirun starts, once per device. Without mpirun it is a world of one rank.
 #include <CLI/CLI.hpp>
 #include <cstdio>
+#include <cstdlib>
 #include <glog/logging.h>
+#include <sstream>
 
 #include "core/config/load.h"
 #include "launcher/worker.h"
@@ -11,11 +13,21 @@
 
 namespace {
 
+// Before MPI is started, so that a wrong command line is answered without it: the launchers' own numbering.
+bool first_of_job() {
+  for (const char* name : {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"}) {
+    if (const char* rank = std::getenv(name)) return std::atoi(rank) == 0;
+  }
+  return true;
+}
+
 int parse(int argc, char** argv, hybridmoe::TrainOptions* options) {
   CLI::App app("Trains a mixture-of-experts transformer. Start it with mpirun -np N, or alone as one rank.");
   app.add_option("--config", options->config, "configuration, protobuf text format (configs/)")->required();
   app.add_option("--run_dir", options->run_dir, "directory for checkpoints and telemetry")->required();
   app.add_flag("--resume", options->resume, "continue from the newest checkpoint in --run_dir");
+  app.add_option("--resume_step", options->resume_step,
+                 "continue from the checkpoint of this step instead; later ones are set aside (renamed)");
   app.add_option("--set", options->overrides, "override a field: PATH=VALUE, repeatable")
       ->allow_extra_args(false)
       ->take_all();
@@ -25,8 +37,10 @@ int parse(int argc, char** argv, hybridmoe::TrainOptions* options) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
-    return app.exit(error) == 0 ? -1 : 2;
+    std::ostringstream nowhere;
+    return (first_of_job() ? app.exit(error) : app.exit(error, nowhere, nowhere)) == 0 ? -1 : 2;
   }
+  options->resume = options->resume || options->resume_step;
   return 0;
 }
 

@@ -70,8 +70,13 @@ void Trainer::load_samples(std::int64_t first) {
     for (std::int64_t s = 0; s < local_sequences_; ++s) {
       const std::int64_t sample = first + m * per_micro_batch + groups_.data->rank() * local_sequences_ + s;
       const std::int64_t at = (m * local_sequences_ + s) * length_;
-      data_.training_sample(sample, tokens_.ptr<std::int32_t>() + at, targets_.ptr<std::int32_t>() + at,
-                            doc_start_.ptr<std::int32_t>() + at);
+      try {
+        data_.training_sample(sample, tokens_.ptr<std::int32_t>() + at, targets_.ptr<std::int32_t>() + at,
+                              doc_start_.ptr<std::int32_t>() + at);
+      } catch (const Error& bad_data) {
+        throw Error(cat("training sample ", data_.origin(sample).number, ": ", bad_data.what(),
+                        "; or leave the sample out with data.skip"));
+      }
     }
   }
 }

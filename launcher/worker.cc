@@ -81,7 +81,9 @@ class Worker {
   void build_trainer();
   void measure_limit();
   void open_log();
+  void restore();
   void train();
+  void rescue(const std::string& error);
   bool after_step(const StepResult& result);
   void save();
   void evaluate();
@@ -130,11 +132,12 @@ void Worker::open_run_directory() {
   });
   together(world_, "checkpoint to resume from", [&] {
     if (!options_.resume) return;
-    const std::vector<CheckpointEntry> checkpoints = list_checkpoints(options_.run_dir);
-    require(!checkpoints.empty(), "rank ", world_.rank(), " does not see the checkpoints in ",
-            options_.run_dir, "; the run directory must be on a file system that all hosts share");
-    resume_from_ = checkpoints.front();
-    manifest_ = read_manifest(resume_from_->path);
+    resume_from_ = checkpoint_to_resume(options_.run_dir, options_.resume_step);
+    try {
+      manifest_ = read_manifest(resume_from_->path);
+    } catch (const Error& damage) {
+      throw Error(damage.what() + advice_on_damage(options_.run_dir, resume_from_->step));
+    }
     check_resumable();
   });
 }
@@ -240,6 +243,22 @@ void Worker::measure_limit() {
   say(groups_, text);
 }
 
+void Worker::restore() {
+  try {
+    restore_checkpoint(resume_from_->path, manifest_, world_, *trainer_);
+  } catch (const SharedError& damage) {
+    throw SharedError(damage.what() + advice_on_damage(options_.run_dir, resume_from_->step));
+  }
+  last_saved_ = resume_from_->step;
+  say(groups_, cat("resumed from ", resume_from_->path));
+  together(world_, "later checkpoints", [&] {
+    if (!first()) return;
+    for (const std::string& path : set_aside_later_checkpoints(options_.run_dir, resume_from_->step)) {
+      say(groups_, cat("a later checkpoint is now ", path, "; delete it when you do not need it"));
+    }
+  });
+}
+
 void Worker::open_log() {
   RunHeader header;
   header.set_resume_step(trainer_->progress().step + 1);
@@ -272,8 +291,8 @@ void Worker::event(EventRecord::Kind kind, const std::string& message,
 void Worker::save() {
   const std::int64_t step = trainer_->progress().step;
   const SaveResult result = save_checkpoint(options_.run_dir, manifest_, world_, *trainer_);
-  last_saved_ = step;
   if (result.saved) {
+    last_saved_ = step;
     say(groups_, cat("saved ", result.path, " in ", static_cast<int>(result.seconds * 1000), " ms"));
     event(EventRecord::CHECKPOINT_SAVED, result.path, {{"seconds", result.seconds}});
     return;
@@ -333,16 +352,30 @@ void Worker::train() {
   if (trainer_->progress().step >= config_.steps()) {
     say(groups_, cat("nothing to do: ", trainer_->progress().step, " of ", config_.steps(),
                      " steps are done; raise `steps` to go on"));
-    last_saved_ = trainer_->progress().step;
-    return;
+  } else {
+    while (after_step(trainer_->step(!stop_requested_().empty()))) {
+    }
   }
-  while (after_step(trainer_->step(!stop_requested_().empty()))) {
+  if (stopped_by_.empty() && last_evaluated_ != trainer_->progress().step && data_->held_out_samples() > 0)
+    evaluate();
+}
+
+// Training cannot go on, on any rank (a token that is none, found in the middle of the run). A step that
+// fails so has changed nothing yet: what was trained up to it is saved.
+void Worker::rescue(const std::string& error) {
+  const std::int64_t step = trainer_->progress().step;
+  event(EventRecord::OTHER, error);
+  if (step > 0 && last_saved_ != step) save();
+  std::string text = cat(error, "\ntraining ended after step ", step);
+  if (last_saved_ >= 0) {
+    text += cat("; ", checkpoint_path(options_.run_dir, last_saved_),
+                " is kept: when the cause is removed, --resume goes on from there");
   }
+  throw SharedError(text);
 }
 
 int Worker::finish() {
   const std::int64_t step = trainer_->progress().step;
-  if (stopped_by_.empty() && last_evaluated_ != step && data_->held_out_samples() > 0) evaluate();
   if (last_saved_ != step) save();
   const double peak = process_memory("VmHWM:");
   say(groups_,
@@ -378,12 +411,13 @@ int Worker::run() {
   measure_limit();
   memory_before_plan_ = process_memory("VmRSS:");
   together(world_, "memory", [&] { trainer_->start(); });
-  if (resume_from_) {
-    restore_checkpoint(resume_from_->path, manifest_, world_, *trainer_);
-    say(groups_, cat("resumed from ", resume_from_->path));
-  }
+  if (resume_from_) restore();
   open_log();
-  train();
+  try {
+    train();
+  } catch (const SharedError& error) {
+    rescue(error.what());
+  }
   return finish();
 }
 

@@ -2,7 +2,9 @@
 // directory, checkpoints, evaluation, telemetry and stopping around the Trainer.
 #pragma once
 
+#include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -14,8 +16,9 @@ struct TrainOptions {
   std::string config;  // path of a configuration in protobuf text format
   std::string run_dir;
   bool resume = false;
-  std::vector<std::string> overrides;  // of --set
-  std::string program;                 // argv[0], for messages
+  std::optional<std::int64_t> resume_step;  // of which checkpoint; the newest otherwise
+  std::vector<std::string> overrides;       // of --set
+  std::string program;                      // argv[0], for messages
 };
 
 // Trains until the configured number of steps is done or `stop_requested` says so on any rank; then saves and

@@ -145,6 +145,19 @@ std::vector<std::int64_t> prune_checkpoints(const std::string& run_dir, int keep
   return removed;
 }
 
+std::vector<std::string> set_aside_later_checkpoints(const std::string& run_dir, std::int64_t step) {
+  std::vector<std::string> paths;
+  for (const CheckpointEntry& entry : list_checkpoints(run_dir)) {
+    if (entry.step <= step) continue;
+    std::string path = entry.path + ".aside";
+    for (int i = 2; fs::exists(path); ++i) path = cat(entry.path, ".aside-", i);
+    rename_or_fail(entry.path, path);
+    paths.push_back(path);
+  }
+  if (!paths.empty()) sync_directory(checkpoints_directory(run_dir));
+  return paths;
+}
+
 CheckpointManifest read_manifest(const std::string& checkpoint_dir) {
   const std::string path = checkpoint_dir + "/" + kManifest;
   const std::string text = read_whole_file(path);

@@ -43,6 +43,10 @@ std::vector<CheckpointEntry> list_checkpoints(const std::string& run_dir);
 // Removes all but the newest `keep`; 0 keeps all. Returns the steps that were removed.
 std::vector<std::int64_t> prune_checkpoints(const std::string& run_dir, int keep);
 
+// Renames the checkpoints of later steps, for a run that goes on from `step`: they would count as its newest
+// although they belong to what was abandoned. Returns their new paths; nothing is deleted.
+std::vector<std::string> set_aside_later_checkpoints(const std::string& run_dir, std::int64_t step);
+
 // Throws Error when the manifest is missing, was changed, or a file it names is missing or has another size.
 CheckpointManifest read_manifest(const std::string& checkpoint_dir);
 // Opens a rank's shard and compares it with the manifest.
