@@ -30,6 +30,7 @@ class SmallDisk {
   SmallDisk& operator=(const SmallDisk&) = delete;
 
   const std::string& path() const { return directory_.path(); }
+  bool mounted() const { return mounted_; }  // a disk of its own, which other processes see too
   void grow(std::size_t bytes) {
     const std::string options = cat("size=", bytes);
     if (!mounted_) {
