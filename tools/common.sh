@@ -16,7 +16,8 @@ die() {
 # Prints the script's opening comment: its help text.
 print_help() { awk 'NR > 1 && !/^#/ { exit } NR > 1 { sub(/^# ?/, ""); print }' "$0"; }
 
-cores() { nproc 2>/dev/null || echo 1; }
+# nproc would answer OMP_NUM_THREADS where that is set.
+cores() { env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || echo 1; }
 
 # Runs a command as root: directly, or through sudo. Fails when neither is possible.
 as_root() {

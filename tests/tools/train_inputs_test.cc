@@ -15,7 +15,7 @@ class TrainInputs : public TrainProcessTest {
  protected:
   // A run with these arguments fails in these words before it has made a run directory.
   void expect_refused(const std::vector<std::string>& more, const std::vector<std::string>& phrases) {
-    const std::map<std::string, std::string> before = contents(folder_);
+    const std::map<std::string, std::string> before = contents(path(""));
     expect_failure(run(arguments(path("run"), more)), phrases);
     EXPECT_FALSE(fs::exists(path("run")));
     for (const auto& [file, content] : before) EXPECT_EQ(testing::read_text(file), content) << file;
