@@ -1,5 +1,6 @@
 // N ranks compute what one process computes with the same global batch, and save and restore together.
 #include <gtest/gtest.h>
+#include <limits>
 
 #include "parallel/mesh.h"
 #include "tests/launcher/trainer_harness.h"
@@ -106,6 +107,7 @@ class OneAndManyRanks {
   }
 
   double dropped() const { return dropped_; }
+  TrainerHarness& many() { return *many_; }
 
  private:
   TemporaryDirectory directory_;
@@ -158,6 +160,34 @@ TEST(ManyRanksInSinglePrecision, EqualOneProcess) {
     return;
   }
   FAIL() << "the router counts differ with every seed";
+}
+
+// A gradient that is not finite on one rank only: all ranks skip the update, and all go on equal to the bit.
+TEST(ManyRanksSkip, WhatOneRankCannotApply) {
+  OneAndManyRanks both(kCases[5], F64, 3);
+  TrainerHarness& many = both.many();
+  Communicator& world = many.world();
+  many->step(false);
+  const testing::TrainerState before = many.state();
+  const auto weights = many.weights();
+  const auto biases = many.biases();
+  double& weight = many->parameters().weight(many->parameters().find("final_norm.gain")).ptr<double>()[5];
+  const double kept = weight;
+  if (world.rank() == world.size() - 1) weight = std::numeric_limits<double>::quiet_NaN();
+  const StepResult result = many->step(false);
+  weight = kept;
+  EXPECT_TRUE(result.skipped);
+  EXPECT_EQ(many->progress().applied_steps, 1);
+  const testing::TrainerState after = many.state();
+  for (const auto& [name, expected] : before) {
+    const testing::ParameterState& actual = after.at(name);
+    EXPECT_EQ(actual.master, expected.master) << name;
+    EXPECT_EQ(actual.m, expected.m) << name;
+    EXPECT_EQ(actual.v, expected.v) << name;
+  }
+  EXPECT_EQ(many.weights(), weights);
+  EXPECT_EQ(many.biases(), biases);
+  EXPECT_FALSE(many->step(false).skipped);
 }
 
 }  // namespace
