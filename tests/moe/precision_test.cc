@@ -29,8 +29,8 @@ class CpuModel : public ::testing::TestWithParam<std::tuple<Precision, Case>> {}
 
 // Rounding: the residual stream, every branch and every gradient on the way back are rounded to the compute
 // type, about 15 times a block and pass, independently; unit roundoff is 2^-24 in fp32 and 2^-9 in bf16. That
-// makes √(2 · 2 · 15) ≈ 8 unit roundoffs; tensors whose gradients cancel (routers, norms) take up to
-// 30. The loss, a mean over tokens, stays below one.
+// makes √(2 · 2 · 15) ≈ 8 unit roundoffs; gradients that cancel (gains, routers) have up to 30. The loss, a
+// mean over tokens, has less than one.
 TEST_P(CpuModel, AgreesWithDouble) {
   const auto& [precision, c] = GetParam();
   const double unit = precision == BF16 ? std::ldexp(1, -9) : std::ldexp(1, -24);
