@@ -57,9 +57,89 @@ std::string attempt(const std::function<void()>& work) {
   }
 }
 
-// All ranks' failures, the same text on every rank.
+// All ranks' failures, the same text on every rank. Any other exception is this rank's alone and must end the
+// job.
 std::string shared_failure(Communicator& world, const std::string& mine, const char* label) {
-  return attempt([&] { world.agree(mine, label); });
+  try {
+    world.agree(mine, label);
+    return {};
+  } catch (const SharedError& failure) {
+    return failure.what();
+  }
+}
+
+// State is read by position, so the positions must be those of this program's layout.
+void require_same_layout(const std::string& path, const CheckpointManifest& manifest,
+                         const ShardReader& shard, int rank, Trainer& trainer) {
+  CheckpointManifest expected;
+  add_parameters(trainer, &expected);
+  ShardRecord record;
+  add_slices(trainer, &record);
+  bool same = manifest.parameter_size() == expected.parameter_size() && rank < manifest.shard_size() &&
+              manifest.shard(rank).slice_size() == record.slice_size();
+  for (int i = 0; same && i < expected.parameter_size(); ++i) {
+    same = manifest.parameter(i).SerializeAsString() == expected.parameter(i).SerializeAsString();
+  }
+  for (int i = 0; same && i < record.slice_size(); ++i) {
+    same = manifest.shard(rank).slice(i).SerializeAsString() == record.slice(i).SerializeAsString();
+  }
+  for (auto& [name, pieces] : state_of(trainer, rank)) {
+    std::int64_t bytes = 0;
+    for (const Tensor& piece : pieces) bytes += piece.bytes();
+    same = same && shard.find(name).bytes() == bytes &&
+           shard.find(name).dtype() == name_of(pieces.front().dtype);
+  }
+  require(
+      same, path,
+      ": its parameters lie otherwise than in this version of the program; continue with the version that "
+      "wrote it (",
+      manifest.code_version(), ")");
+}
+
+ShardRecord write_state(const std::string& run_dir, int rank, Trainer& trainer) {
+  std::vector<ShardArray> arrays;
+  for (auto& [name, pieces] : state_of(trainer, rank)) arrays.push_back({name, pieces});
+  ShardRecord record;
+  record.set_rank(rank);
+  record.set_file(shard_name(rank));
+  const std::string building = checkpoint_building_path(run_dir, trainer.progress().step);
+  const ShardInfo info = write_shard(building + "/" + record.file(), arrays);
+  record.set_bytes(info.bytes);
+  record.set_checksum(info.checksum);
+  add_slices(trainer, &record);
+  return record;
+}
+
+void write_manifest(const std::string& run_dir, const CheckpointManifest& run,
+                    const std::vector<std::string>& records, Trainer& trainer) {
+  CheckpointManifest manifest = run;
+  manifest.set_step(trainer.progress().step);
+  manifest.set_applied_steps(trainer.progress().applied_steps);
+  manifest.set_samples_consumed(trainer.progress().samples_consumed);
+  *manifest.mutable_skip() = trainer.config().data().skip();
+  *manifest.mutable_config() = trainer.config();
+  add_parameters(trainer, &manifest);
+  for (const std::string& bytes : records) {
+    require(manifest.add_shard()->ParseFromString(bytes), "a rank's shard record is damaged");
+  }
+  finish_checkpoint(run_dir, manifest);
+}
+
+void read_state(const std::string& path, const CheckpointManifest& manifest, int rank, Trainer& trainer) {
+  const auto read = [](const ShardReader& shard, const std::string& name, const std::vector<Tensor>& pieces) {
+    shard.verify(name);
+    std::int64_t begin = 0;
+    for (const Tensor& piece : pieces) {
+      shard.read_unverified(name, begin, piece);
+      begin += piece.elements();
+    }
+  };
+  const ShardReader shard = open_shard(path, manifest, rank);
+  require_same_layout(path, manifest, shard, rank, trainer);
+  for (auto& [name, pieces] : state_of(trainer, rank)) read(shard, name, pieces);
+  if (rank != 0 && !trainer.router_biases().empty()) {
+    read(open_shard(path, manifest, 0), "router_bias", trainer.router_biases());
+  }
 }
 
 }  // namespace
@@ -68,79 +148,37 @@ SaveResult save_checkpoint(const std::string& run_dir, const CheckpointManifest&
                            Trainer& trainer) {
   const auto begin = std::chrono::steady_clock::now();
   const std::int64_t step = trainer.progress().step;
+  const bool first = world.rank() == 0;
   SaveResult result;
   result.path = checkpoint_path(run_dir, step);
-  const bool first = world.rank() == 0;
-  result.error = shared_failure(world, attempt([&] {
-                                  if (first) begin_checkpoint(run_dir, step);
-                                }),
-                                "checkpoint begin");
+  const auto on_first = [&](const char* label, const std::function<void()>& work) {
+    result.error = shared_failure(world, first ? attempt(work) : std::string(), label);
+  };
+  on_first("checkpoint begin", [&] { begin_checkpoint(run_dir, step); });
   ShardRecord record;
   if (result.error.empty()) {
-    result.error = shared_failure(world, attempt([&] {
-                                    std::vector<ShardArray> arrays;
-                                    for (auto& [name, pieces] : state_of(trainer, world.rank()))
-                                      arrays.push_back({name, pieces});
-                                    const std::string name = shard_name(world.rank());
-                                    const ShardInfo info = write_shard(
-                                        checkpoint_building_path(run_dir, step) + "/" + name, arrays);
-                                    record.set_rank(world.rank());
-                                    record.set_file(name);
-                                    record.set_bytes(info.bytes);
-                                    record.set_checksum(info.checksum);
-                                    add_slices(trainer, &record);
-                                  }),
-                                  "checkpoint shards");
+    const std::string mine = attempt([&] { record = write_state(run_dir, world.rank(), trainer); });
+    result.error = shared_failure(world, mine, "checkpoint shards");
   }
   if (result.error.empty()) {
     const std::vector<std::string> records =
         world.gather_strings(record.SerializeAsString(), "checkpoint records");
-    result.error = shared_failure(world, attempt([&] {
-                                    if (!first) return;
-                                    CheckpointManifest manifest = run;
-                                    manifest.set_step(step);
-                                    manifest.set_applied_steps(trainer.progress().applied_steps);
-                                    manifest.set_samples_consumed(trainer.progress().samples_consumed);
-                                    *manifest.mutable_skip() = trainer.config().data().skip();
-                                    *manifest.mutable_config() = trainer.config();
-                                    add_parameters(trainer, &manifest);
-                                    for (const std::string& bytes : records) {
-                                      require(manifest.add_shard()->ParseFromString(bytes),
-                                              "a rank's shard record is damaged");
-                                    }
-                                    finish_checkpoint(run_dir, manifest);
-                                    prune_checkpoints(run_dir, trainer.config().checkpoint().keep());
-                                  }),
-                                  "checkpoint manifest");
+    on_first("checkpoint manifest", [&] { write_manifest(run_dir, run, records, trainer); });
   }
-  if (!result.error.empty() && first) abandon_checkpoint(run_dir, step);
   result.saved = result.error.empty();
+  if (!result.saved && first) abandon_checkpoint(run_dir, step);
+  if (result.saved && first) {
+    const int keep = trainer.config().checkpoint().keep();
+    result.warning = attempt([&] { prune_checkpoints(run_dir, keep); });
+  }
   result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   return result;
 }
 
 void restore_checkpoint(const std::string& path, const CheckpointManifest& manifest, Communicator& world,
                         Trainer& trainer) {
-  world.agree(attempt([&] {
-                const ShardReader shard = open_shard(path, manifest, world.rank());
-                for (auto& [name, pieces] : state_of(trainer, world.rank())) {
-                  shard.verify(name);
-                  std::int64_t begin = 0;
-                  for (const Tensor& piece : pieces) {
-                    shard.read_unverified(name, begin, piece);
-                    begin += piece.elements();
-                  }
-                }
-                if (world.rank() != 0 && !trainer.router_biases().empty()) {
-                  const ShardReader first = open_shard(path, manifest, 0);
-                  std::int64_t begin = 0;
-                  for (const Tensor& bias : trainer.router_biases()) {
-                    first.read_unverified("router_bias", begin, bias);
-                    begin += bias.elements();
-                  }
-                }
-              }),
-              "restoring the checkpoint");
+  const std::string mine = attempt([&] { read_state(path, manifest, world.rank(), trainer); });
+  world.agree(mine, "restoring the checkpoint");
   trainer.progress() = {manifest.step(), manifest.applied_steps(), manifest.samples_consumed()};
   trainer.restored();
 }

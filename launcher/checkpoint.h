@@ -11,8 +11,9 @@ namespace hybridmoe {
 
 struct SaveResult {
   bool saved = false;
-  std::string path;   // of the checkpoint
-  std::string error;  // of every rank that failed; older checkpoints are untouched then
+  std::string path;     // of the checkpoint
+  std::string error;    // of every rank that failed; older checkpoints are untouched then
+  std::string warning;  // of rank 0: older checkpoints could not be removed
   double seconds = 0;
 };
 
