@@ -54,6 +54,15 @@ class SkipList {
     return after == 0 ? i : i + skipped_[after - 1];
   }
 
+  // The ranges below a number.
+  std::vector<TokenRange> below(std::int64_t number) const {
+    std::vector<TokenRange> result;
+    for (const TokenRange& range : ranges_) {
+      if (range.begin < number) result.push_back({range.begin, std::min(range.end, number)});
+    }
+    return result;
+  }
+
  private:
   std::vector<TokenRange> ranges_;         // ascending, apart
   std::vector<std::int64_t> first_after_;  // per range: the count of unskipped numbers below it
@@ -295,6 +304,16 @@ SampleOrigin SampledDataset::describe(const Place& place) const {
 
 std::unique_ptr<Dataset> Dataset::open(const Config& config) {
   return std::make_unique<SampledDataset>(config);
+}
+
+bool same_samples(const DataConfig& before, const DataConfig& now, std::int64_t count) {
+  if (count <= 0) return true;
+  const SkipList old_list(before), new_list(now);
+  const std::int64_t end = old_list.number(count - 1) + 1;
+  const auto old_ranges = old_list.below(end), new_ranges = new_list.below(end);
+  return std::equal(
+      old_ranges.begin(), old_ranges.end(), new_ranges.begin(), new_ranges.end(),
+      [](const TokenRange& a, const TokenRange& b) { return a.begin == b.begin && a.end == b.end; });
 }
 
 }  // namespace hybridmoe

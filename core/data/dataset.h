@@ -80,4 +80,7 @@ class Dataset {
   virtual SampleOrigin held_out_origin(std::int64_t i) const = 0;
 };
 
+// Whether training samples 0 .. count - 1 are the same ones with the skip list of either.
+bool same_samples(const DataConfig& before, const DataConfig& now, std::int64_t count);
+
 }  // namespace hybridmoe

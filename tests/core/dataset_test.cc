@@ -395,5 +395,27 @@ TEST_F(DatasetTest, MistakesAreNamed) {
   expect(mixed, "m2.info:2:");
 }
 
+TEST(SkipList, SamplesConsumedStayTheSameWhenOnlyLaterNumbersAreSkipped) {
+  const auto skip = [](std::initializer_list<std::pair<int, int>> ranges) {
+    DataConfig config;
+    for (const auto& [begin, end] : ranges) {
+      SampleRange* range = config.add_skip();
+      range->set_begin(begin);
+      range->set_end(end);
+    }
+    return config;
+  };
+  // Samples 0 .. 9 are the numbers 0 .. 4 and 8 .. 12.
+  const DataConfig before = skip({{5, 8}});
+  EXPECT_TRUE(same_samples(before, before, 10));
+  EXPECT_TRUE(same_samples(before, skip({{6, 8}, {5, 6}}), 10));
+  EXPECT_TRUE(same_samples(before, skip({{5, 8}, {13, 20}}), 10));
+  EXPECT_FALSE(same_samples(before, skip({{5, 8}, {12, 13}}), 10));
+  EXPECT_FALSE(same_samples(before, skip({}), 10));
+  EXPECT_FALSE(same_samples(skip({}), skip({{9, 10}}), 10));
+  EXPECT_TRUE(same_samples(skip({}), skip({{10, 11}}), 10));
+  EXPECT_TRUE(same_samples(before, skip({}), 5));
+}
+
 }  // namespace
 }  // namespace hybridmoe
