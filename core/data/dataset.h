@@ -25,6 +25,7 @@ namespace hybridmoe {
 
 class Config;
 class CorpusInfo;
+class DataConfig;
 
 // Where a sample's tokens come from.
 struct SampleOrigin {
