@@ -159,7 +159,8 @@ void Trainer::reduce_sums(bool stop, StepResult* result) {
                         nullptr);
   }
   double* extra = sums_.ptr<double>() + rows * kGradColumns;
-  extra[kCrossEntropy] = result->model.cross_entropy;
+  // Tensor ranks share their tokens: one of them brings the loss.
+  extra[kCrossEntropy] = groups_.tensor->rank() == 0 ? result->model.cross_entropy : 0;
   extra[kStop] = stop ? 1 : 0;
   result->seconds.optimizer += watch.lap();
   groups_.world->all_reduce(sums_, ReduceOp::Sum, "step sums").wait();

@@ -75,6 +75,7 @@ class Worker {
 
  private:
   void load();
+  std::string choose_precision();
   void choose_backend();
   void open_run_directory();
   void check_resumable() const;
@@ -148,35 +149,53 @@ void Worker::check_resumable() const {
   for (const std::string& change : changes) text += "\n  " + change;
   require(changes.empty(), "--resume: the configuration differs from that of ", resume_from_->path,
           " in fields that must stay (docs/configuration.md says which may change):", text);
+  DataConfig before;
+  *before.mutable_skip() = manifest_.skip();
+  require(same_samples(before, config_.data(), manifest_.samples_consumed()),
+          "--resume: data.skip would change which of "
+          "the ",
+          manifest_.samples_consumed(),
+          " samples were consumed so far; keep the old ranges and add only numbers "
+          "that come later (hybridmoe-data batch prints the numbers of a step)");
   const LayoutRecord& layout = manifest_.layout();
   require(layout.world() == world_.size(), "--resume: ", resume_from_->path, " was written by ",
           layout.world(), " ranks, this job has ", world_.size(), "; start it with mpirun -np ",
           layout.world(), " (this version cannot change the layout of a checkpoint)");
 }
 
-void Worker::choose_backend() {
-  threads_ = threads_per_rank(config_, world_);
+// The compute type of all ranks, and why it is this one.
+std::string Worker::choose_precision() {
+  // One rank whose CPU lacks bf16 products decides for all: they exchange weights in the compute type.
+  std::int32_t lacking = cpu_multiplies_bf16() ? 0 : 1;
+  world_.all_reduce(Tensor(&lacking, DType::I32, {1}), ReduceOp::Max, "bf16 products").wait();
+  const bool native = lacking == 0;
   std::string reason = "as configured";
   precision_ = config_.precision();
-  const bool native = cpu_multiplies_bf16();
   if (precision_ == AUTO) {
     precision_ = native ? BF16 : F32;
-    reason = native ? "this CPU multiplies bf16" : "this CPU does not multiply bf16";
+    reason = native ? "every rank's CPU multiplies bf16" : "a rank's CPU does not multiply bf16";
   } else if (precision_ == BF16 && !native && !config_.emulate_bf16()) {
     precision_ = F32;
     reason =
-        "precision: BF16 was asked for, but this CPU does not multiply bf16 (emulate_bf16: true would "
-        "imitate it)";
+        "BF16 was asked for, but a rank's CPU does not multiply bf16; emulate_bf16: true would imitate it";
   }
-  // A continued run computes in the type it began with, whatever this machine would choose.
-  for (const MeasuredChoice& choice : manifest_.choice()) {
-    if (choice.name() != "precision") continue;
-    Precision before = F32;
-    require(Precision_Parse(choice.value(), &before), "the checkpoint's precision ", choice.value(),
-            " is unknown");
-    if (before != precision_) reason = "as the run began";
-    precision_ = before;
-  }
+  // A continued run computes in the type it began with, whatever these machines would choose.
+  together(world_, "compute type", [&] {
+    for (const MeasuredChoice& choice : manifest_.choice()) {
+      if (choice.name() != "precision") continue;
+      Precision before = F32;
+      require(Precision_Parse(choice.value(), &before), "the checkpoint's precision ", choice.value(),
+              " is unknown");
+      if (before != precision_) reason = "as the run began";
+      precision_ = before;
+    }
+  });
+  return reason;
+}
+
+void Worker::choose_backend() {
+  threads_ = threads_per_rank(config_, world_);
+  const std::string reason = choose_precision();
   if (options_.resume && manifest_.layout().threads() != threads_) {
     LOG_IF(WARNING, first()) << "the run had " << manifest_.layout().threads() << " threads per rank, now "
                              << threads_ << ": it goes on equal to rounding, not to the bit";
@@ -295,6 +314,7 @@ void Worker::save() {
     last_saved_ = step;
     say(groups_, cat("saved ", result.path, " in ", static_cast<int>(result.seconds * 1000), " ms"));
     event(EventRecord::CHECKPOINT_SAVED, result.path, {{"seconds", result.seconds}});
+    LOG_IF(WARNING, !result.warning.empty()) << "older checkpoints were not removed: " << result.warning;
     return;
   }
   lost_something_ = true;
@@ -340,8 +360,8 @@ bool Worker::after_step(const StepResult& result) {
     return false;
   }
   const std::int64_t evaluate_every = config_.evaluation().every(), save_every = config_.checkpoint().every();
-  if (evaluate_every > 0 && result.step % evaluate_every == 0) evaluate();
   if (save_every > 0 && result.step % save_every == 0 && !last) save();
+  if (evaluate_every > 0 && result.step % evaluate_every == 0) evaluate();
   return !last;
 }
 
