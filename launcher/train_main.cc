@@ -47,13 +47,13 @@ int parse(int argc, char** argv, hybridmoe::TrainOptions* options) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  const hybridmoe::StopSignal stop;  // first: a signal before it would end the rank
   FLAGS_logtostderr = true;
   google::InitGoogleLogging(argv[0]);
   hybridmoe::TrainOptions options;
   options.program = argv[0];
   if (const int status = parse(argc, argv, &options); status != 0) return status < 0 ? 0 : status;
 
-  const hybridmoe::StopSignal stop;
   hybridmoe::MpiEnvironment mpi(&argc, &argv);
   try {
     const hybridmoe::Mesh mesh({.world = mpi.size()});
