@@ -4,6 +4,8 @@
 #include <functional>
 #include <map>
 
+#include "core/telemetry/log_writer.h"
+
 namespace hybridmoe {
 
 namespace {
@@ -114,6 +116,7 @@ void write_manifest(const std::string& run_dir, const CheckpointManifest& run,
                     const std::vector<std::string>& records, Trainer& trainer) {
   CheckpointManifest manifest = run;
   manifest.set_step(trainer.progress().step);
+  manifest.set_wall_time(wall_time());
   manifest.set_applied_steps(trainer.progress().applied_steps);
   manifest.set_samples_consumed(trainer.progress().samples_consumed);
   *manifest.mutable_skip() = trainer.config().data().skip();

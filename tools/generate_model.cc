@@ -43,19 +43,6 @@ void fill(Backend& backend, DType source, const Tensor& target, const Read& read
 
 }  // namespace
 
-CheckpointEntry find_checkpoint(const std::string& run_dir, std::int64_t step) {
-  const std::vector<CheckpointEntry> checkpoints = list_checkpoints(run_dir);
-  require(!checkpoints.empty(), run_dir,
-          ": holds no checkpoint; --run_dir must name the directory of a run that has saved one");
-  if (step < 0) return checkpoints.front();
-  std::string steps;
-  for (const CheckpointEntry& entry : checkpoints) {
-    if (entry.step == step) return entry;
-    steps = cat(entry.step, steps.empty() ? "" : ", ", steps);
-  }
-  throw Error(cat(run_dir, ": has no checkpoint of step ", step, "; there are those of steps ", steps));
-}
-
 InferenceModel::InferenceModel(CheckpointReader& checkpoint, const Options& options)
     : config_(checkpoint.manifest().config()),
       size_{.length = options.chunk, .training = false, .cache_positions = options.cache_positions},

@@ -12,9 +12,6 @@
 
 namespace hybridmoe {
 
-// The checkpoint of a step, or the newest when step is negative. Throws Error naming the steps there are.
-CheckpointEntry find_checkpoint(const std::string& run_dir, std::int64_t step);
-
 class InferenceModel {
  public:
   struct Options {

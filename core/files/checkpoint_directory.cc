@@ -130,6 +130,19 @@ std::vector<CheckpointEntry> list_checkpoints(const std::string& run_dir) {
   return entries;
 }
 
+CheckpointEntry find_checkpoint(const std::string& run_dir, std::int64_t step) {
+  const std::vector<CheckpointEntry> checkpoints = list_checkpoints(run_dir);
+  require(!checkpoints.empty(), run_dir,
+          ": holds no checkpoint; --run_dir must name the directory of a run that has saved one");
+  if (step < 0) return checkpoints.front();
+  std::string steps;
+  for (const CheckpointEntry& entry : checkpoints) {
+    if (entry.step == step) return entry;
+    steps = cat(entry.step, steps.empty() ? "" : ", ", steps);
+  }
+  throw Error(cat(run_dir, ": has no checkpoint of step ", step, "; the steps that have one: ", steps));
+}
+
 std::vector<std::int64_t> prune_checkpoints(const std::string& run_dir, int keep) {
   std::vector<std::int64_t> removed;
   if (keep <= 0) return removed;

@@ -40,6 +40,9 @@ void abandon_checkpoint(const std::string& run_dir, std::int64_t step) noexcept;
 
 // The complete checkpoints, newest first; none when there is no such directory.
 std::vector<CheckpointEntry> list_checkpoints(const std::string& run_dir);
+// The complete checkpoint of a step, or the newest when step is negative. Throws Error naming the steps there
+// are.
+CheckpointEntry find_checkpoint(const std::string& run_dir, std::int64_t step);
 // Removes all but the newest `keep`; 0 keeps all. Returns the steps that were removed.
 std::vector<std::int64_t> prune_checkpoints(const std::string& run_dir, int keep);
 
