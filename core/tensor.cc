@@ -54,6 +54,10 @@ Tensor::Tensor(void* data_in, DType dtype_in, const Shape& shape_in, Device devi
   }
 }
 
+void Tensor::wrong_type(DType read_as) const {
+  throw Error(cat("tensor of type ", name_of(dtype), " read as ", name_of(read_as)));
+}
+
 bool Tensor::contiguous() const {
   std::int64_t step = 1;
   for (int i = shape.rank - 1; i >= 0; --i) {

@@ -106,9 +106,14 @@ struct Tensor {
   // Typed access to host memory; throws when the type differs.
   template <class T>
   T* ptr() const {
-    require(dtype == dtype_of<T>(), "tensor of type ", name_of(dtype), " read as ", name_of(dtype_of<T>()));
+    if (dtype != dtype_of<T>()) [[unlikely]]
+      wrong_type(dtype_of<T>());
     return static_cast<T*>(data);
   }
+
+ private:
+  // Out of line: inner loops ask for pointers.
+  [[noreturn]] void wrong_type(DType read_as) const;
 };
 
 }  // namespace hybridmoe
