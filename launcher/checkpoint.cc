@@ -121,6 +121,8 @@ void write_manifest(const std::string& run_dir, const CheckpointManifest& run,
   manifest.set_samples_consumed(trainer.progress().samples_consumed);
   *manifest.mutable_skip() = trainer.config().data().skip();
   *manifest.mutable_config() = trainer.config();
+  manifest.clear_parameter();  // `run` may be that of an older checkpoint
+  manifest.clear_shard();
   add_parameters(trainer, &manifest);
   for (const std::string& bytes : records) {
     require(manifest.add_shard()->ParseFromString(bytes), "a rank's shard record is damaged");

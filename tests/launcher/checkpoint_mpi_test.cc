@@ -59,8 +59,8 @@ class CheckpointOfAllRanks : public ::testing::Test {
     return std::make_unique<TrainerHarness>(cat(kText, "precision: ", Precision_Name(precision)), corpus_,
                                             &groups_);
   }
-  SaveResult save(TrainerHarness& harness) const {
-    return save_checkpoint(run_dir_, {}, *groups_.world, *harness);
+  SaveResult save(TrainerHarness& harness, const CheckpointManifest& run = {}) const {
+    return save_checkpoint(run_dir_, run, *groups_.world, *harness);
   }
   void restore(TrainerHarness& harness) const {
     const std::string path = list_checkpoints(run_dir_).front().path;
@@ -94,6 +94,25 @@ TEST_F(CheckpointOfAllRanks, ContinuesToTheBit) {
     EXPECT_EQ(after->biases(), through->biases());
     EXPECT_EQ((*after)->progress().samples_consumed, 48);
   }
+}
+
+// A resumed run describes itself by the manifest that it resumed from; nothing of that one's shards may stay.
+TEST_F(CheckpointOfAllRanks, TheCheckpointOfAResumedRunIsItsOwn) {
+  const auto first = make(F64), second = make(F64), third = make(F64);
+  (*first)->step(false);
+  ASSERT_TRUE(save(*first).saved);
+  groups_.world->barrier("saved");
+  restore(*second);
+  (*second)->step(false);
+  const CheckpointManifest before = read_manifest(list_checkpoints(run_dir_).front().path);
+  ASSERT_TRUE(save(*second, before).saved);
+  groups_.world->barrier("saved again");
+  const CheckpointManifest manifest = read_manifest(list_checkpoints(run_dir_).front().path);
+  EXPECT_EQ(manifest.step(), 2);
+  EXPECT_EQ(manifest.shard_size(), groups_.world->size());
+  EXPECT_EQ(manifest.parameter_size(), before.parameter_size());
+  restore(*third);
+  EXPECT_EQ(third->weights(), second->weights());
 }
 
 TEST_F(CheckpointOfAllRanks, OneRanksFullDiskFailsTheSaveOfAll) {

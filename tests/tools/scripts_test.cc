@@ -1,9 +1,12 @@
-// The scripts of tools/ that check the tree, on small trees that break a rule.
+// The scripts of tools/: the include rule on small trees that break it, and stopping on a signal.
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <gtest/gtest.h>
 
+#include "tests/temporary_directory.h"
+
+namespace hybridmoe {
 namespace {
 
 namespace fs = std::filesystem;
@@ -11,14 +14,10 @@ namespace fs = std::filesystem;
 class CheckIncludes : public testing::Test {
  protected:
   void SetUp() override {
-    std::string name = (fs::temp_directory_path() / "hybridmoe-XXXXXX").string();
-    ASSERT_NE(mkdtemp(name.data()), nullptr);
-    tree = name;
     for (const char* folder : {"proto", "core", "moe", "parallel", "launcher", "tools", "tests"}) {
       fs::create_directory(tree / folder);
     }
   }
-  void TearDown() override { fs::remove_all(tree); }
 
   // Does the script accept a tree whose only file holds this line?
   bool accepts(const std::string& file, const std::string& line) {
@@ -30,7 +29,8 @@ class CheckIncludes : public testing::Test {
     return ok;
   }
 
-  fs::path tree;
+  TemporaryDirectory directory;
+  const fs::path tree = directory.path();
 };
 
 TEST_F(CheckIncludes, AcceptsWhatStandsToTheLeft) {
@@ -58,4 +58,19 @@ TEST_F(CheckIncludes, RefusesEveryBreach) {
   EXPECT_FALSE(accepts("tools/a.cc", "#include <CLI/CLI.hpp>"));
 }
 
+// What tools/train and tools/quickstart do with a command: the first SIGTERM reaches it as SIGUSR1, the
+// script waits for it to finish and ends with its status.
+TEST(RunStoppable, PassesTheFirstSignalOnAndWaits) {
+  const TemporaryDirectory directory;
+  const std::string script = directory.file("script");
+  std::ofstream(script) << ". " << HYBRIDMOE_SOURCE_DIR << "/tools/common.sh\n"
+                        << "(sleep 1; kill -TERM $$) &\n"
+                        << "run_stoppable USR1 bash -c 'trap \"sleep 1; exit 7\" USR1; "
+                        << "for i in $(seq 100); do sleep 0.1; done'\n";
+  const int status = std::system(("bash " + script).c_str());
+  ASSERT_TRUE(WIFEXITED(status));
+  EXPECT_EQ(WEXITSTATUS(status), 7);
+}
+
 }  // namespace
+}  // namespace hybridmoe
