@@ -1,6 +1,6 @@
 // A training run on one rank, from the inside: start, step, evaluate, and the state that a checkpoint keeps.
-// No MPI, no signals, no files, no printing: those are the program's (launcher/train_main.cc). All methods
-// are collective over the world unless they say otherwise. This is the file to read first.
+// No MPI, no signals, no files, no printing: those are the worker's (launcher/worker.h). All methods are
+// collective over the world unless they say otherwise.
 #pragma once
 
 #include <cstdint>
