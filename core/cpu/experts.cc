@@ -70,8 +70,9 @@ void swiglu(const SwigluForward& op, int threads) {
                   });
 }
 
-// One row; a_out may be null.
-template <class C>
+// One row: da · a. kActivation: weight · a goes to a_out (a condition inside of the loop would keep it
+// scalar).
+template <bool kActivation, class C>
 float swiglu_back_row(const C* gate_up, const C* da, float weight, C* dgate_up, C* a_out,
                       std::int64_t hidden) {
   float dot = 0;
@@ -85,7 +86,7 @@ float swiglu_back_row(const C* gate_up, const C* da, float weight, C* dgate_up, 
     dot += upstream * a;
     dgate_up[i] = from_float<C>(weighted * u * s * (1.f + g * (1.f - s)));
     dgate_up[hidden + i] = from_float<C>(weighted * silu);
-    if (a_out != nullptr) a_out[i] = from_float<C>(weight * a);
+    if constexpr (kActivation) a_out[i] = from_float<C>(weight * a);
   }
   return dot;
 }
@@ -95,13 +96,13 @@ void swiglu_back(const SwigluBackward& op, int threads) {
   const std::int64_t hidden = op.da.shape[1];
   const float* weights = op.weight.empty() ? nullptr : op.weight.ptr<float>();
   float* dweight = op.dweight.empty() ? nullptr : op.dweight.ptr<float>();
+  const auto row = op.a.empty() ? swiglu_back_row<false, C> : swiglu_back_row<true, C>;
   parallel_ranges(threads, op.da.rows(), row_grain(hidden * 12 * sizeof(C)),
                   [&](std::int64_t begin, std::int64_t end, int) {
                     for (std::int64_t t = begin; t < end; ++t) {
-                      const float dot =
-                          swiglu_back_row(row_of<C>(op.gate_up, t), row_of<C>(op.da, t),
-                                          weights == nullptr ? 1.f : weights[t], row_of<C>(op.dgate_up, t),
-                                          optional_row<C>(op.a, t), hidden);
+                      const float dot = row(row_of<C>(op.gate_up, t), row_of<C>(op.da, t),
+                                            weights == nullptr ? 1.f : weights[t], row_of<C>(op.dgate_up, t),
+                                            optional_row<C>(op.a, t), hidden);
                       if (dweight != nullptr) dweight[t] = dot;
                     }
                   });

@@ -13,16 +13,14 @@
 namespace hybridmoe::cpu {
 namespace {
 
-// Blocks of the emulated bf16 product: 2 + 2 + 1 MiB of fp32 per thread, small enough for the last-level
+// Blocks of a product from copies: 2 + 2 + 1 MiB of fp32 per thread, small enough for the last-level
 // cache, large enough that converting an element is shared by several hundred multiplications.
 constexpr std::int64_t kBlockRows = 512, kBlockColumns = 512, kBlockDepth = 1024;
-constexpr std::int64_t kPad =
-    16;  // keeps rows of a block off a stride of 2^n bytes, which the caches dislike
+constexpr std::int64_t kPad = 16;  // keeps rows of a block off a stride of 2^n bytes
 // An operand's block is stored either way round.
 constexpr std::int64_t kOperandElements = (kBlockRows + kPad) * (kBlockDepth + kPad);
 constexpr std::int64_t kResultElements = kBlockRows * (kBlockColumns + kPad);
-constexpr std::int64_t kCopyBytes = 4 * kOperandElements;
-constexpr std::int64_t kEmulationBytes = 4 * (2 * kOperandElements + kResultElements) + 3 * 64;
+constexpr std::int64_t kCopyBytes = 4 * (2 * kOperandElements + kResultElements) + 3 * 64;
 static_assert(kBlockRows == kBlockColumns);
 
 // sgemm uses the calling thread's OpenMP setting; it is put back because it belongs to the caller.
@@ -100,33 +98,18 @@ void sgemm(const MatrixProduct& p) {
   if (status != dnnl_success) std::abort();
 }
 
-// Where sgemm would read a transposed left operand in place, because the result is small, and the operand's
-// rows fall into few sets of the caches: a copy with another stride is quicker (on a Zen 3 core 70 GFLOP/s
-// after 50).
-bool has_slow_stride(const MatrixProduct& p) {
-  const bool in_place = 10000 * (p.m + p.n) >= 38 * p.m * p.n;  // oneDNN's own rule: 1/m + 1/n >= 0.0038
-  return p.a.transposed && p.a.stride % 512 == 0 && in_place && p.n >= 64;
+// Whether sgemm would read the operands in place, because the result is small (oneDNN's own rule: 1/m + 1/n
+// >= 0.0038), although rows are 2^n bytes apart, which the caches dislike. A copy with other strides then
+// pays (on a Zen 3 core 75 GFLOP/s after 50 to 65), unless there are too few rows or columns to share it.
+bool wants_copies(const MatrixProduct& p) {
+  constexpr std::int64_t kShared = 64;
+  const bool far_apart = p.a.stride % 512 == 0 || p.b.stride % 512 == 0;
+  return far_apart && p.m >= kShared && p.n >= kShared && 10000 * (p.m + p.n) >= 38 * p.m * p.n;
 }
 
-// The same product from a copy of a, block by block.
-void sgemm_with_copy(const MatrixProduct& p, std::byte* memory, int threads) {
-  auto* block = reinterpret_cast<float*>(memory);
-  for (std::int64_t row = 0; row < p.m; row += kBlockRows) {
-    MatrixProduct part = p;
-    part.m = std::min(kBlockRows, p.m - row);
-    part.c = static_cast<float*>(p.c) + row * p.c_stride;
-    for (std::int64_t depth = 0; depth < p.k; depth += kBlockDepth) {
-      part.k = std::min(kBlockDepth, p.k - depth);
-      part.a = copy_block<float>(offset(p.a, row, depth, 4), part.m, part.k, part.m + kPad, block, threads);
-      part.b = offset(p.b, depth, 0, 4);
-      sgemm(part);
-      part.accumulate = true;
-    }
-  }
-}
-
-// Goes over c in blocks; every block of an operand is converted to fp32 and multiplied there.
-void emulate(const MatrixProduct& p, std::byte* memory, int threads) {
+// Goes over c in blocks; every block of an operand of type T is copied to fp32 and multiplied there.
+template <class T>
+void multiply_copies(const MatrixProduct& p, std::byte* memory, int threads) {
   Carver carver(memory);
   float* a_block = carver.take<float>(kOperandElements);
   float* b_block = carver.take<float>(kOperandElements);
@@ -146,10 +129,10 @@ void emulate(const MatrixProduct& p, std::byte* memory, int threads) {
       }
       for (std::int64_t depth = 0; depth < p.k; depth += kBlockDepth) {
         part.k = std::min(kBlockDepth, p.k - depth);
-        part.a = copy_block<BFloat16>(offset(p.a, row, depth, 2), part.m, part.k,
-                                      (p.a.transposed ? part.m : part.k) + kPad, a_block, threads);
-        part.b = copy_block<BFloat16>(offset(p.b, depth, column, 2), part.k, part.n,
-                                      (p.b.transposed ? part.k : part.n) + kPad, b_block, threads);
+        part.a = copy_block<T>(offset(p.a, row, depth, sizeof(T)), part.m, part.k,
+                               (p.a.transposed ? part.m : part.k) + kPad, a_block, threads);
+        part.b = copy_block<T>(offset(p.b, depth, column, sizeof(T)), part.k, part.n,
+                               (p.b.transposed ? part.k : part.n) + kPad, b_block, threads);
         sgemm(part);
         part.accumulate = true;
       }
@@ -165,7 +148,7 @@ ProductEngine::ProductEngine(DType compute_type, int threads, bool native)
   if (native) {
     primitives_ = std::make_unique<MatmulPrimitives>(compute_type, threads);
   } else {
-    scratch_.reserve(threads, compute_type == DType::BF16 ? kEmulationBytes : kCopyBytes);
+    scratch_.reserve(threads, kCopyBytes);
   }
 }
 
@@ -188,12 +171,12 @@ void ProductEngine::dispatch(const MatrixProduct& product, int thread, int threa
     if (!product.accumulate) clear(product);
   } else if (primitives_ != nullptr) {
     primitives_->run(product, thread);
-  } else if (compute_type_ == DType::F32 && has_slow_stride(product)) {
-    sgemm_with_copy(product, scratch_.block(thread), threads);
-  } else if (compute_type_ == DType::F32) {
-    sgemm(product);
+  } else if (compute_type_ == DType::BF16) {
+    multiply_copies<BFloat16>(product, scratch_.block(thread), threads);
+  } else if (wants_copies(product)) {
+    multiply_copies<float>(product, scratch_.block(thread), threads);
   } else {
-    emulate(product, scratch_.block(thread), threads);
+    sgemm(product);
   }
 }
 

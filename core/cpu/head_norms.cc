@@ -19,11 +19,11 @@ Angles angles_of(const HeadNormRopeForward& op, std::int64_t row) {
   return {row_of<float>(op.rope_cos, position), row_of<float>(op.rope_sin, position)};
 }
 
-// y = RoPE(x ⊙ factor · gain) of one head; gain may be null (1). y may be x.
-template <class C>
+// y = RoPE(x · rstd ⊙ gain) of one head, or RoPE(x). y may be x.
+template <bool kNorm, class C>
 void turn_head(const C* x, float rstd, const C* gain, const Angles& angles, C* y, std::int64_t head_dim) {
   const auto scaled = [&](std::int64_t i) {
-    return gain == nullptr ? to_float(x[i]) : to_float(x[i]) * rstd * to_float(gain[i]);
+    return kNorm ? to_float(x[i]) * rstd * to_float(gain[i]) : to_float(x[i]);
   };
   if (angles.cosine == nullptr) {
 #pragma omp simd
@@ -69,27 +69,28 @@ template <class C>
 void forward(const HeadNormRopeForward& op, int threads) {
   const std::int64_t width = std::int64_t{op.heads} * op.head_dim;
   const C* gain = op.norm == HeadNormKind::None ? nullptr : op.gain.ptr<C>();
-  parallel_ranges(
-      threads, op.x.rows(), row_grain(width * 2 * sizeof(C)), [&](std::int64_t begin, std::int64_t end, int) {
-        for (std::int64_t t = begin; t < end; ++t) {
-          const C* x = row_of<C>(op.x, t);
-          const Angles angles = angles_of(op, t);
-          float rstd = 1;
-          if (op.norm == HeadNormKind::FullWidth) {
-            rstd = rstd_of(op.sumsq.ptr<float>()[t], op.full_width, op.eps);
-            op.rstd.ptr<float>()[t] = rstd;
-          }
-          for (std::int64_t head = 0; head < op.heads; ++head) {
-            const std::int64_t first = head * op.head_dim;
-            if (op.norm == HeadNormKind::PerHead) {
-              rstd = rstd_of(sum_of_squares(x + first, op.head_dim), op.head_dim, op.eps);
-              op.rstd.ptr<float>()[t * op.heads + head] = rstd;
-            }
-            const C* head_gain = op.norm == HeadNormKind::FullWidth ? gain + first : gain;
-            turn_head(x + first, rstd, head_gain, angles, row_of<C>(op.y, t) + first, op.head_dim);
-          }
-        }
-      });
+  const auto turn = gain == nullptr ? turn_head<false, C> : turn_head<true, C>;
+  parallel_ranges(threads, op.x.rows(), row_grain(width * 2 * sizeof(C)),
+                  [&](std::int64_t begin, std::int64_t end, int) {
+                    for (std::int64_t t = begin; t < end; ++t) {
+                      const C* x = row_of<C>(op.x, t);
+                      const Angles angles = angles_of(op, t);
+                      float rstd = 1;
+                      if (op.norm == HeadNormKind::FullWidth) {
+                        rstd = rstd_of(op.sumsq.ptr<float>()[t], op.full_width, op.eps);
+                        op.rstd.ptr<float>()[t] = rstd;
+                      }
+                      for (std::int64_t head = 0; head < op.heads; ++head) {
+                        const std::int64_t first = head * op.head_dim;
+                        if (op.norm == HeadNormKind::PerHead) {
+                          rstd = rstd_of(sum_of_squares(x + first, op.head_dim), op.head_dim, op.eps);
+                          op.rstd.ptr<float>()[t * op.heads + head] = rstd;
+                        }
+                        const C* head_gain = op.norm == HeadNormKind::FullWidth ? gain + first : gain;
+                        turn(x + first, rstd, head_gain, angles, row_of<C>(op.y, t) + first, op.head_dim);
+                      }
+                    }
+                  });
 }
 
 // dx = rstd u - back x with u = g ⊙ gain; dgain += g ⊙ x rstd.
