@@ -18,6 +18,7 @@
 #include "launcher/recorder.h"
 #include "launcher/run_directory.h"
 #include "launcher/trainer.h"
+#include "parallel/row_exchange.h"
 
 namespace hybridmoe {
 
@@ -158,9 +159,15 @@ void Worker::check_resumable() const {
           " samples were consumed so far; keep the old ranges and add only numbers "
           "that come later (hybridmoe-data batch prints the numbers of a step)");
   const LayoutRecord& layout = manifest_.layout();
-  require(layout.world() == world_.size(), "--resume: ", resume_from_->path, " was written by ",
-          layout.world(), " ranks, this job has ", world_.size(), "; start it with mpirun -np ",
-          layout.world(), " (this version cannot change the layout of a checkpoint)");
+  const ParallelConfig& parallel = config_.parallel();
+  require(layout.world() == world_.size() && layout.tensor() == parallel.tensor() &&
+              layout.expert() == parallel.expert() && layout.expert_tensor() == parallel.expert_tensor(),
+          "--resume: ", resume_from_->path, " was written by ", layout.world(),
+          " ranks with parallel { tensor: ", layout.tensor(), " expert: ", layout.expert(),
+          " expert_tensor: ", layout.expert_tensor(), " }, this job has ", world_.size(),
+          " ranks with parallel { tensor: ", parallel.tensor(), " expert: ", parallel.expert(),
+          " expert_tensor: ", parallel.expert_tensor(), " }; start it with mpirun -np ", layout.world(),
+          " and the same parallel sizes (this version cannot change the layout of a checkpoint)");
 }
 
 // The compute type of all ranks, and why it is this one.
@@ -217,8 +224,8 @@ void Worker::choose_backend() {
   layout->set_world(world_.size());
   layout->set_data(groups_.data->size());
   layout->set_tensor(groups_.tensor->size());
-  layout->set_expert(groups_.expert->size());
-  layout->set_expert_tensor(config_.parallel().expert_tensor());
+  layout->set_expert(groups_.expert->size() / groups_.expert_tensor);
+  layout->set_expert_tensor(groups_.expert_tensor);
   layout->set_threads(threads_);
   say(groups_, cat(config_.name(), ": ", world_.size(), world_.size() == 1 ? " rank" : " ranks", ", ",
                    backend_->name(), ", precision ", Precision_Name(precision_), " (", reason, ")"));
@@ -228,9 +235,14 @@ void Worker::build_trainer() {
   const ModelConfig& model = config_.model();
   together(world_, "memory plan", [&] {
     if (model.has_moe()) {
-      exchange_ = make_local_row_exchange(
-          *backend_, world_, model.moe().experts(), model.moe().top_k(),
-          {.factor = model.moe().capacity_factor(), .by_position = model.moe().drop() == BY_POSITION});
+      const ParallelConfig& parallel = config_.parallel();
+      exchange_ = make_row_exchange(
+          *backend_, groups_, model.moe().experts(), model.moe().top_k(),
+          {.factor = model.moe().capacity_factor(), .by_position = model.moe().drop() == BY_POSITION},
+          {.chunks = parallel.exchange_chunks(),
+           .overlap = parallel.exchange_overlap(),
+           .expected_load = parallel.expected_load(),
+           .load_limit = parallel.load_limit()});
     }
     trainer_ = std::make_unique<Trainer>(config_, *data_, *backend_, groups_, exchange_.get());
   });
@@ -383,6 +395,7 @@ void Worker::train() {
 // Training cannot go on, on any rank (a token that is none, found in the middle of the run). A step that
 // fails so has changed nothing yet: what was trained up to it is saved.
 void Worker::rescue(const std::string& error) {
+  trainer_->wait_weights();
   const std::int64_t step = trainer_->progress().step;
   event(EventRecord::OTHER, error);
   if (step > 0 && last_saved_ != step) save();
@@ -395,6 +408,7 @@ void Worker::rescue(const std::string& error) {
 }
 
 int Worker::finish() {
+  trainer_->wait_weights();
   const std::int64_t step = trainer_->progress().step;
   if (last_saved_ != step) save();
   const double peak = process_memory("VmHWM:");

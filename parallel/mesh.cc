@@ -106,6 +106,8 @@ MeshCommunicators::MeshCommunicators(MPI_Comm world, const Mesh& mesh) {
   groups_.tensor = make(Group::Tensor);
   groups_.expert = make(Group::Expert);
   groups_.expert_data = make(Group::ExpertData);
+  groups_.key_value = make(Group::KeyValue);
+  groups_.expert_tensor = mesh.layout().expert_tensor;
 }
 
 }  // namespace hybridmoe

@@ -185,6 +185,7 @@ void check_parallel(const Config& config, int world_size, Rules* rules) {
   one("expert_tensor", parallel.expert_tensor());
   rules->at_least("parallel.bucket_bytes", parallel.bucket_bytes(), 1024);
   rules->range("parallel.threads", parallel.threads(), 0, 4096);
+  rules->range("parallel.exchange_chunks", parallel.exchange_chunks(), 1, 64);
   if (world_size == 0) return;
 
   if (!rules->sound({"batch.sequences", "batch.micro_batch_sequences", "parallel.tensor"})) return;
