@@ -15,11 +15,19 @@ struct Groups {
   Communicator* tensor = nullptr;       // ranks that split the dense matrices and each sequence
   Communicator* expert = nullptr;       // ranks that exchange rows: together they hold every expert once
   Communicator* expert_data = nullptr;  // ranks that hold the same experts (shards)
+  Communicator* key_value = nullptr;  // ranks that hold the same key and value heads: `data`, and more ranks
+                                      // when there are more tensor ranks than such heads
+  int expert_tensor = 1;              // ET: rank r of `expert` holds shard r % ET of expert part r / ET
 };
 
 // Data parallelism alone: every rank of `all` holds the whole model. `alone` is a local communicator.
 inline Groups data_parallel_groups(Communicator& all, Communicator& alone) {
-  return Groups{&all, &all, &alone, &alone, &all};
+  return {.world = &all,
+          .data = &all,
+          .tensor = &alone,
+          .expert = &alone,
+          .expert_data = &all,
+          .key_value = &all};
 }
 
 }  // namespace hybridmoe

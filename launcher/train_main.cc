@@ -9,6 +9,7 @@
 #include "launcher/worker.h"
 #include "parallel/mesh.h"
 #include "parallel/mpi_communicator.h"
+#include "parallel/mpi_world.h"
 #include "parallel/stop_signal.h"
 
 namespace {
@@ -56,8 +57,9 @@ int main(int argc, char** argv) {
 
   hybridmoe::MpiEnvironment mpi(&argc, &argv);
   try {
+    const hybridmoe::MpiWorld world;
     const hybridmoe::Mesh mesh({.world = mpi.size()});
-    const hybridmoe::MeshCommunicators communicators(MPI_COMM_WORLD, mesh);
+    const hybridmoe::MeshCommunicators communicators(mesh, world.communicator(), world.make_groups());
     try {
       return hybridmoe::run_worker(options, communicators.groups(), [&] { return stop.name(); });
     } catch (const hybridmoe::SharedError& error) {

@@ -14,7 +14,7 @@
 
 namespace hybridmoe::testing {
 
-inline Groups one_rank_groups(Communicator& world) { return {&world, &world, &world, &world, &world}; }
+inline Groups one_rank_groups(Communicator& world) { return data_parallel_groups(world, world); }
 
 // Elements of any floating type as double.
 inline std::vector<double> values_of(const Tensor& tensor) {
