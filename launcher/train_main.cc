@@ -7,8 +7,8 @@
 
 #include "core/config/load.h"
 #include "launcher/worker.h"
-#include "parallel/mesh.h"
 #include "parallel/mpi_communicator.h"
+#include "parallel/mpi_world.h"
 #include "parallel/stop_signal.h"
 
 namespace {
@@ -56,10 +56,9 @@ int main(int argc, char** argv) {
 
   hybridmoe::MpiEnvironment mpi(&argc, &argv);
   try {
-    const hybridmoe::Mesh mesh({.world = mpi.size()});
-    const hybridmoe::MeshCommunicators communicators(MPI_COMM_WORLD, mesh);
+    const hybridmoe::MpiWorld world;
     try {
-      return hybridmoe::run_worker(options, communicators.groups(), [&] { return stop.name(); });
+      return hybridmoe::run_worker(options, world, [&] { return stop.name(); });
     } catch (const hybridmoe::SharedError& error) {
       // Every rank has the same message: one of them prints it, and all end in order.
       if (mpi.rank() == 0) std::fprintf(stderr, "hybridmoe-train: %s\n", error.what());

@@ -1,48 +1,15 @@
 #include "parallel/mesh.h"
 
+#include <map>
+#include <string>
+
 #include "core/error.h"
-#include "parallel/mpi_communicator.h"
-#include "parallel/mpi_error.h"
 
 namespace hybridmoe {
 
-std::vector<std::string> layout_violations(const Layout& layout, const LayoutDemands& demands) {
-  std::vector<std::string> reasons;
-  const auto at_least_one = [&](const char* name, int value) {
-    if (value < 1) reasons.push_back(cat(name, " ", value, " must be at least 1"));
-  };
-  at_least_one("the world of", layout.world);
-  at_least_one("tensor size", layout.tensor);
-  at_least_one("expert size", layout.expert);
-  at_least_one("expert-tensor size", layout.expert_tensor);
-  if (!reasons.empty()) return reasons;  // nothing can be divided
-
-  const auto divides = [&](const std::string& name, std::int64_t divisor, const char* what, int value) {
-    if (value % divisor != 0) reasons.push_back(cat(name, " ", divisor, " must divide ", what, " ", value));
-  };
-  const int t = layout.tensor, et = layout.expert_tensor, g = demands.kv_heads;
-  const std::int64_t experts_over = std::int64_t{layout.expert} * et;
-  divides("tensor size", t, "the number of ranks", layout.world);
-  divides("tensor size", t, "the heads", demands.heads);
-  if (g > 0 && g % t != 0 && t % g != 0) {
-    reasons.push_back(
-        cat("tensor size ", t, " must divide the key/value heads ", g, " or be a multiple of them"));
-  }
-  divides("tensor size", t, "the sequence length", demands.sequence_length);
-  divides("tensor size", t, "the dense hidden size", demands.dense_hidden);
-  divides("tensor size", t, "the shared experts' hidden size", demands.shared_hidden);
-  divides("expert-tensor size", et, "the expert hidden size", demands.expert_hidden);
-  divides("expert size times expert-tensor size", experts_over, "the number of ranks", layout.world);
-  divides("expert size", layout.expert, "the number of experts", demands.experts);
-  if (layout.world % t == 0) {
-    divides("the number of data-parallel ranks", layout.world / t, "the sequences of a micro-batch",
-            demands.micro_batch_sequences);
-  }
-  return reasons;
-}
-
-Mesh::Mesh(const Layout& layout, int kv_heads)
+Mesh::Mesh(const Layout& layout, std::int64_t kv_heads)
     : layout_(layout), kv_heads_(kv_heads > 0 ? kv_heads : layout.tensor) {
+  require(layout.world != 0, "a mesh needs to know the number of ranks");
   std::string all;
   for (const std::string& reason : layout_violations(layout, {.kv_heads = kv_heads_})) {
     all += cat(all.empty() ? "" : "; ", reason);
@@ -61,7 +28,8 @@ int Mesh::color(Group group, int rank) const {
       return data_rank(rank);
     case Group::KeyValue:
       // Tensor rank t holds key/value head floor(t G / T) when T > G, and G / T heads of its own when not.
-      return kv_heads_ < layout_.tensor ? tensor_rank(rank) * kv_heads_ / layout_.tensor : tensor_rank(rank);
+      return kv_heads_ < layout_.tensor ? static_cast<int>(tensor_rank(rank) * kv_heads_ / layout_.tensor)
+                                        : tensor_rank(rank);
     case Group::Expert:
       return rank / expert_block;
     case Group::ExpertTensor:
@@ -80,34 +48,46 @@ std::vector<int> Mesh::members(Group group, int rank) const {
   return ranks;
 }
 
-MeshCommunicators::MeshCommunicators(MPI_Comm world, const Mesh& mesh) {
-  int rank = 0, size = 0;
-  check_mpi(MPI_Comm_rank(world, &rank), "asking for the rank");
-  check_mpi(MPI_Comm_size(world, &size), "asking for the number of ranks");
-  require(size == mesh.layout().world, "a mesh for ", mesh.layout().world, " ranks, but MPI has ", size);
-  const auto progress = make_mpi_progress();
-  owned_.push_back(make_local_communicator());
-  Communicator* const alone = owned_.back().get();
-  if (size > 1) owned_.push_back(make_mpi_communicator(world, progress));
-  groups_.world = owned_.back().get();
+bool same_groups(const Mesh& mesh, Group a, Group b) {
+  std::map<int, int> b_of_a, a_of_b;  // colors that occur together: each with one other
+  for (int rank = 0; rank < mesh.layout().world; ++rank) {
+    const int in_a = mesh.color(a, rank), in_b = mesh.color(b, rank);
+    if (b_of_a.emplace(in_a, in_b).first->second != in_b) return false;
+    if (a_of_b.emplace(in_b, in_a).first->second != in_a) return false;
+  }
+  return true;
+}
 
-  // Groups of a kind have the same size everywhere, so every rank takes the same branch.
-  const auto make = [&](Group group) -> Communicator* {
-    const std::size_t members = mesh.members(group, rank).size();
-    if (members == 1) return alone;
-    if (members == static_cast<std::size_t>(size)) return groups_.world;
-    MPI_Comm part = MPI_COMM_NULL;
-    check_mpi(MPI_Comm_split(world, mesh.color(group, rank), rank, &part), "splitting the world");
-    owned_.push_back(make_mpi_communicator(part, progress));
-    check_mpi(MPI_Comm_free(&part), "freeing a communicator");  // the communicator has a duplicate
-    return owned_.back().get();
-  };
-  groups_.data = make(Group::Data);
-  groups_.tensor = make(Group::Tensor);
-  groups_.expert = make(Group::Expert);
-  groups_.expert_data = make(Group::ExpertData);
-  groups_.key_value = make(Group::KeyValue);
+MeshCommunicators::MeshCommunicators(const Mesh& mesh, Communicator& world, const MakeCommunicator& make) {
+  require(world.size() == mesh.layout().world, "a mesh for ", mesh.layout().world,
+          " ranks, but the world has ", world.size());
+  groups_.world = &world;
   groups_.expert_tensor = mesh.layout().expert_tensor;
+  owned_.push_back(make_local_communicator());
+  made_.emplace_back(Group::World, &world);
+  groups_.data = find_or_make(mesh, Group::Data, make);
+  groups_.tensor = find_or_make(mesh, Group::Tensor, make);
+  groups_.expert = find_or_make(mesh, Group::Expert, make);
+  groups_.expert_data = find_or_make(mesh, Group::ExpertData, make);
+  groups_.key_value = find_or_make(mesh, Group::KeyValue, make);
+}
+
+// Groups of a kind have the same size everywhere and the mesh alone decides, so every rank takes the same
+// branch.
+Communicator* MeshCommunicators::find_or_make(const Mesh& mesh, Group group, const MakeCommunicator& make) {
+  const int rank = groups_.world->rank();
+  const std::vector<int> members = mesh.members(group, rank);
+  if (members.size() == 1) return owned_.front().get();
+  for (const auto& [other, communicator] : made_) {
+    if (same_groups(mesh, group, other)) return communicator;
+  }
+  owned_.push_back(make(group, members));
+  Communicator* const made = owned_.back().get();
+  const bool right = made->size() == std::ssize(members) && members[made->rank()] == rank;
+  require(right, "the communicator made for rank ", rank, " of the world is rank ", made->rank(), " of ",
+          made->size());
+  made_.emplace_back(group, made);
+  return made;
 }
 
 }  // namespace hybridmoe

@@ -1,36 +1,18 @@
-// Which ranks work together. The first part is arithmetic on rank numbers and knows no MPI; the second makes
-// the communicators of a rank's groups.
+// Which ranks work together: arithmetic on rank numbers, then the communicators of a rank's groups, made by
+// whatever connects the ranks (parallel/mpi_world.h; parallel/thread_communicator.h).
 //
 // Tensor ranks are neighbours. Expert groups are runs of E * ET neighbours, whatever the tensor size: expert
-// parallelism folds over tensor x data. With tensor, expert and expert-tensor size 1 (all that this version
-// trains with) the data and expert-data groups are the world and the others have one rank.
+// parallelism folds over tensor x data.
 #pragma once
 
+#include <functional>
 #include <memory>
-#include <mpi.h>
-#include <string>
 #include <vector>
 
 #include "core/groups.h"
+#include "core/layout.h"
 
 namespace hybridmoe {
-
-struct Layout {
-  int world = 1;
-  int tensor = 1;         // T: ranks that split dense matrices, heads and sequences
-  int expert = 1;         // E: ranks (or groups of ET ranks) that split the set of experts
-  int expert_tensor = 1;  // ET: ranks that split every expert
-};
-
-// What a layout must divide; 0: the model has none of it.
-struct LayoutDemands {
-  int heads = 0, kv_heads = 0, sequence_length = 0, dense_hidden = 0, shared_hidden = 0;
-  int experts = 0, expert_hidden = 0;
-  int micro_batch_sequences = 0;
-};
-
-// Every reason why the layout is impossible, in words with the numbers; empty: legal.
-std::vector<std::string> layout_violations(const Layout& layout, const LayoutDemands& demands = {});
 
 enum class Group {
   World,
@@ -45,9 +27,9 @@ enum class Group {
 // The place of each rank in a legal layout.
 class Mesh {
  public:
-  // Throws Error with all reasons when the layout (without demands) is not legal. kv_heads 0 means as many as
-  // tensor ranks need.
-  explicit Mesh(const Layout& layout, int kv_heads = 0);
+  // Throws Error with all reasons when the layout is not legal for so many key/value heads (0: enough for
+  // every tensor rank) or its world is not known.
+  explicit Mesh(const Layout& layout, std::int64_t kv_heads = 0);
 
   const Layout& layout() const { return layout_; }
   int tensor_rank(int rank) const { return rank % layout_.tensor; }
@@ -63,18 +45,32 @@ class Mesh {
 
  private:
   Layout layout_;
-  int kv_heads_;
+  std::int64_t kv_heads_;
 };
 
+// Whether the two kinds divide the world into the same groups.
+bool same_groups(const Mesh& mesh, Group a, Group b);
+
+// Makes the communicator of the calling rank's group of this kind, whose members are these ranks of the world
+// in ascending order, the caller among them. Collective: every rank of the world calls it for the same kinds
+// in the same order, each with its own members.
+using MakeCommunicator =
+    std::function<std::unique_ptr<Communicator>(Group group, const std::vector<int>& members)>;
+
 // The communicators of this rank's groups, which `groups()` lends out. Construction is collective over
-// `world`. Groups that are the world share its communicator, groups of one rank are local.
+// `world`, which outlives this and whose rank numbers are the mesh's. Groups that are the world share its
+// communicator, groups of one rank are local, and kinds that coincide share one communicator. Throws Error
+// when the mesh is for another number of ranks.
 class MeshCommunicators {
  public:
-  MeshCommunicators(MPI_Comm world, const Mesh& mesh);
+  MeshCommunicators(const Mesh& mesh, Communicator& world, const MakeCommunicator& make);
   Groups groups() const { return groups_; }
 
  private:
+  Communicator* find_or_make(const Mesh& mesh, Group group, const MakeCommunicator& make);
+
   std::vector<std::unique_ptr<Communicator>> owned_;
+  std::vector<std::pair<Group, Communicator*>> made_;
   Groups groups_;
 };
 

@@ -14,6 +14,7 @@
 #include "core/limits.h"
 #include "parallel/mesh.h"
 #include "parallel/mpi_communicator.h"
+#include "parallel/mpi_world.h"
 #include "tools/operator_bench.h"
 #include "tools/step_bench.h"
 
@@ -175,7 +176,9 @@ int main(int argc, char** argv) {
   if (const int status = hybridmoe::parse(argc, argv, &options); status != 0) return status - 1;
   hybridmoe::MpiEnvironment mpi(&argc, &argv);
   try {
-    const hybridmoe::MeshCommunicators communicators(MPI_COMM_WORLD, hybridmoe::Mesh({.world = mpi.size()}));
+    const hybridmoe::MpiWorld world;
+    const hybridmoe::MeshCommunicators communicators(hybridmoe::Mesh({.world = mpi.size()}),
+                                                     world.communicator(), world.make_groups());
     hybridmoe::run(options, communicators.groups());
     return 0;
   } catch (const std::exception& error) {

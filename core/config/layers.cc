@@ -95,6 +95,10 @@ std::int32_t shared_hidden_of(const MoeConfig& moe) {
   return moe.shared_hidden() != 0 ? moe.shared_hidden() : moe.expert_hidden();
 }
 
+std::int32_t micro_batch_sequences_of(const BatchConfig& batch) {
+  return batch.micro_batch_sequences() != 0 ? batch.micro_batch_sequences() : batch.sequences();
+}
+
 std::int32_t padded_vocabulary_of(std::int32_t vocabulary) { return (vocabulary + 63) / 64 * 64; }
 
 void complete(ModelConfig* model, std::int32_t data_vocabulary) {
@@ -116,13 +120,40 @@ void complete(ModelConfig* model, std::int32_t data_vocabulary) {
 void complete(Config* config, std::int32_t data_vocabulary) {
   complete(config->mutable_model(), data_vocabulary);
   BatchConfig* batch = config->mutable_batch();
-  if (batch->micro_batch_sequences() == 0) batch->set_micro_batch_sequences(batch->sequences());
+  batch->set_micro_batch_sequences(micro_batch_sequences_of(*batch));
   ScheduleConfig* schedule = config->mutable_schedule();
   if (schedule->total_steps() == 0) schedule->set_total_steps(config->steps());
   DataConfig* data = config->mutable_data();
   if (data->held_out_block_tokens() == 0) {
     data->set_held_out_block_tokens(std::int64_t{16} * config->model().sequence_length());
   }
+}
+
+Layout layout_of(const ParallelConfig& parallel, int world) {
+  return {.world = world,
+          .tensor = parallel.tensor(),
+          .expert = parallel.expert(),
+          .expert_tensor = parallel.expert_tensor()};
+}
+
+LayoutDemands layout_demands(const Config& config) {
+  const ModelConfig& model = config.model();
+  LayoutDemands demands{.heads = model.heads(),
+                        .kv_heads = kv_heads_of(model),
+                        .sequence_length = model.sequence_length(),
+                        .micro_batch_sequences = micro_batch_sequences_of(config.batch()),
+                        .padded_vocabulary = model.padded_vocabulary()};
+  for (const LayerShape& layer : resolve_layers(model)) {
+    if (layer.feed_forward == MOE) {
+      const MoeConfig& moe = model.moe();
+      demands.experts = moe.experts();
+      demands.expert_hidden = moe.expert_hidden();
+      demands.shared_hidden = std::int64_t{moe.shared_experts()} * shared_hidden_of(moe);
+    } else {
+      demands.dense_hidden = model.dense_hidden();
+    }
+  }
+  return demands;
 }
 
 ParameterCount parameter_count(const ModelConfig& model) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/layout.h"
 #include "proto/config.pb.h"
 
 namespace hybridmoe {
@@ -33,6 +34,7 @@ std::vector<LayerShape> resolve_layers(const ModelConfig& model);
 std::int32_t kv_heads_of(const ModelConfig& model);
 std::int32_t head_dim_of(const ModelConfig& model);
 std::int32_t shared_hidden_of(const MoeConfig& moe);
+std::int32_t micro_batch_sequences_of(const BatchConfig& batch);
 // `vocabulary` rounded up to a multiple of 64.
 std::int32_t padded_vocabulary_of(std::int32_t vocabulary);
 
@@ -42,6 +44,11 @@ std::int32_t padded_vocabulary_of(std::int32_t vocabulary);
 void complete(ModelConfig* model, std::int32_t data_vocabulary);
 // The model, the micro-batch and held-out block sizes and the length of the schedule.
 void complete(Config* config, std::int32_t data_vocabulary);
+
+// The layout that a configuration asks for on so many ranks (0: not known), and what it has to split. Throws
+// as resolve_layers does.
+Layout layout_of(const ParallelConfig& parallel, int world);
+LayoutDemands layout_demands(const Config& config);
 
 struct ParameterCount {
   std::int64_t total = 0;

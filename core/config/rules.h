@@ -43,6 +43,9 @@ class Rules {
   std::set<std::string> broken_;
 };
 
+// Whether everything that resolve_layers() reads has been found sound, so that it does not throw.
+bool layers_resolve(const ModelConfig& model, const Rules& rules);
+
 // The parts of validate(): the model with its experts, and the other messages.
 void check_model(const ModelConfig& model, Rules* rules);
 void check_moe(const ModelConfig& model, Rules* rules);

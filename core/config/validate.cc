@@ -6,6 +6,7 @@
 #include "core/config/layers.h"
 #include "core/config/rules.h"
 #include "core/error.h"
+#include "core/layout.h"
 
 namespace hybridmoe {
 
@@ -124,11 +125,6 @@ void check_periodic(const Config& config, Rules* rules) {
   rules->at_least("telemetry.progress_every", std::int64_t{telemetry.progress_every()}, 1);
 }
 
-// Sequences of a micro-batch, 0 meaning those of the step.
-std::int64_t micro_batch(const BatchConfig& batch) {
-  return batch.micro_batch_sequences() != 0 ? batch.micro_batch_sequences() : batch.sequences();
-}
-
 // Positions of (token, choice) pairs are 32-bit numbers in the operators.
 void check_micro_batch_size(const Config& config, Rules* rules) {
   if (!rules->sound(
@@ -137,7 +133,7 @@ void check_micro_batch_size(const Config& config, Rules* rules) {
   const std::int64_t choices = config.model().has_moe() ? config.model().moe().top_k() : 1;
   const std::int64_t each = config.model().sequence_length() * std::max<std::int64_t>(choices, 1);
   const std::int64_t limit = (std::int64_t{1} << 31) - 1;
-  const std::int64_t micro = micro_batch(config.batch());
+  const std::int64_t micro = micro_batch_sequences_of(config.batch());
   const std::int64_t most = std::max<std::int64_t>(limit / each, 1);
   rules->check(micro <= most, "batch.micro_batch_sequences", number(micro),
                cat("a micro-batch may hold fewer than 2^31 tokens x top_k, which is ", most, " sequences"),
@@ -151,7 +147,7 @@ void check_batch(const Config& config, Rules* rules) {
   rules->at_least("batch.sequences", std::int64_t{batch.sequences()}, 1);
   rules->at_least("batch.micro_batch_sequences", std::int64_t{batch.micro_batch_sequences()}, 0);
   if (!rules->sound({"batch.sequences", "batch.micro_batch_sequences"})) return;
-  const std::int64_t micro = micro_batch(batch);
+  const std::int64_t micro = micro_batch_sequences_of(batch);
   rules->check(batch.sequences() % micro == 0, "batch.micro_batch_sequences", number(micro),
                cat("must divide batch.sequences = ", batch.sequences()),
                cat("nearest: ", nearest_divisor(batch.sequences(), micro)));
@@ -173,34 +169,92 @@ void check_training(const Config& config, Rules* rules) {
   check_periodic(config, rules);
 }
 
+namespace {
+
+// Those of the configuration; what has a violation of its own demands nothing, so that one mistake is
+// reported once.
+LayoutDemands sound_demands(const Config& config, const Rules& rules) {
+  LayoutDemands demands = layers_resolve(config.model(), rules) ? layout_demands(config) : LayoutDemands{};
+  const auto drop_unless_sound = [&](std::int64_t* demand, std::initializer_list<std::string> fields) {
+    if (!rules.sound(fields)) *demand = 0;
+  };
+  drop_unless_sound(&demands.heads, {"model.heads"});
+  drop_unless_sound(&demands.kv_heads, {"model.heads", "model.kv_heads"});
+  drop_unless_sound(&demands.sequence_length, {"model.sequence_length"});
+  drop_unless_sound(&demands.dense_hidden, {"model.dense_hidden"});
+  drop_unless_sound(&demands.shared_hidden,
+                    {"model.moe.shared_experts", "model.moe.shared_hidden", "model.moe.expert_hidden"});
+  drop_unless_sound(&demands.experts, {"model.moe.experts"});
+  drop_unless_sound(&demands.expert_hidden, {"model.moe.expert_hidden"});
+  drop_unless_sound(&demands.micro_batch_sequences, {"batch.sequences", "batch.micro_batch_sequences"});
+  return demands;
+}
+
+// "parallel { tensor: 2 }, parallel { expert: 2 }" or nothing.
+std::string nearest_layouts_text(const Layout& layout, const LayoutDemands& demands) {
+  constexpr int kMost = 3;
+  std::string text;
+  for (const Layout& other : nearest_layouts(layout, demands, kMost)) {
+    text += cat(text.empty() ? "" : ", ", configuration_text(other));
+  }
+  return text;
+}
+
+// What the layout asks of the model and of the number of ranks; the micro-batch is its own rule.
+void check_layout(const Layout& layout, LayoutDemands demands, Rules* rules) {
+  std::string near = nearest_layouts_text(layout, demands);
+  demands.micro_batch_sequences = 0;
+  if (near.empty()) near = nearest_layouts_text(layout, demands);
+  std::string reasons;
+  for (const std::string& reason : layout_violations(layout, demands)) {
+    reasons += cat(reasons.empty() ? "" : "; ", reason);
+  }
+  rules->check(reasons.empty(), "parallel", configuration_text(layout).substr(sizeof "parallel"), reasons,
+               near.empty() ? "" : "nearest: " + near);
+}
+
+void check_split_of_micro_batch(const Config& config, const Layout& layout, const LayoutDemands& demands,
+                                Rules* rules) {
+  const std::int64_t sequences = config.batch().sequences(), micro = demands.micro_batch_sequences;
+  const std::int64_t parts = layout.world / layout.tensor;
+  if (micro % parts == 0) return;
+  std::string better;
+  if (sequences % parts == 0) {
+    const std::int64_t each = nearest_divisor(sequences / parts, std::max<std::int64_t>(micro / parts, 1));
+    better = cat("nearest: ", each * parts);
+  } else {
+    better = cat("nearest batch.sequences: ", nearest_multiple(parts, sequences), "; or start ",
+                 nearest_divisor(micro, parts) * layout.tensor, " ranks");
+  }
+  const std::string near = nearest_layouts_text(layout, demands);
+  const std::string ranks = layout.tensor == 1 ? cat("the ", parts, " ranks")
+                                               : cat("the ", parts, " data-parallel ranks (", layout.world,
+                                                     " over tensor size ", layout.tensor, ")");
+  rules->check(false, "batch.micro_batch_sequences", number(micro),
+               cat("must be divisible by ", ranks, " among which it is split"),
+               better + (near.empty() ? "" : "; or " + near));
+}
+
+}  // namespace
+
 void check_parallel(const Config& config, int world_size, Rules* rules) {
   const ParallelConfig& parallel = config.parallel();
-  const auto one = [&](const std::string& field, std::int32_t value) {
-    rules->check(value == 1, "parallel." + field, number(std::int64_t{value}),
-                 "must be 1: this version splits the batch over the ranks (data parallelism), not the model",
-                 "nearest: 1");
-  };
-  one("tensor", parallel.tensor());
-  one("expert", parallel.expert());
-  one("expert_tensor", parallel.expert_tensor());
+  rules->at_least("parallel.tensor", std::int64_t{parallel.tensor()}, 1);
+  rules->at_least("parallel.expert", std::int64_t{parallel.expert()}, 1);
+  rules->at_least("parallel.expert_tensor", std::int64_t{parallel.expert_tensor()}, 1);
   rules->at_least("parallel.bucket_bytes", parallel.bucket_bytes(), 1024);
   rules->range("parallel.threads", parallel.threads(), 0, 4096);
   rules->range("parallel.exchange_chunks", parallel.exchange_chunks(), 1, 64);
-  if (world_size == 0) return;
+  rules->at_least("parallel.expected_load", parallel.expected_load(), 0.0);
+  rules->at_least("parallel.load_limit", parallel.load_limit(), 0.0);
+  if (!rules->sound({"parallel.tensor", "parallel.expert", "parallel.expert_tensor"})) return;
 
-  if (!rules->sound({"batch.sequences", "batch.micro_batch_sequences", "parallel.tensor"})) return;
-  const std::int64_t micro = micro_batch(config.batch());
-  std::string better;
-  if (config.batch().sequences() % world_size == 0) {
-    std::int64_t parts = nearest_divisor(config.batch().sequences() / world_size,
-                                         std::max<std::int64_t>(micro / world_size, 1));
-    better = cat("nearest: ", parts * world_size);
-  } else {
-    better = cat("nearest batch.sequences: ", nearest_multiple(world_size, config.batch().sequences()),
-                 "; or start ", nearest_divisor(micro, world_size), " ranks");
+  const Layout layout = layout_of(parallel, world_size);
+  const LayoutDemands demands = sound_demands(config, *rules);
+  check_layout(layout, demands, rules);
+  if (world_size > 0 && world_size % layout.tensor == 0 && demands.micro_batch_sequences > 0) {
+    check_split_of_micro_batch(config, layout, demands, rules);
   }
-  rules->check(micro % world_size == 0, "batch.micro_batch_sequences", number(micro),
-               cat("must be divisible by the ", world_size, " ranks among which it is split"), better);
 }
 
 std::vector<Violation> validate(const Config& config, int world_size, bool needs_data) {

@@ -75,17 +75,6 @@ void check_overrides(const ModelConfig& model, Rules* rules) {
   }
 }
 
-// Whether resolve_layers() can be called.
-bool layers_resolve(const ModelConfig& model, const Rules& rules) {
-  if (!rules.sound({"model.layers", "model.moe.every", "model.moe.dense_layers"})) return false;
-  for (const LayerOverride& change : model.layer_override()) {
-    for (const std::int32_t layer : change.layer()) {
-      if (layer < -model.layers() || layer >= model.layers()) return false;
-    }
-  }
-  return true;
-}
-
 // Dense layers need a size; a model with experts needs a layer that uses them.
 void check_feed_forward(const ModelConfig& model, Rules* rules) {
   if (!layers_resolve(model, *rules)) return;
@@ -147,6 +136,16 @@ void check_router_kind(const RouterConfig& router, Rules* rules) {
 }
 
 }  // namespace
+
+bool layers_resolve(const ModelConfig& model, const Rules& rules) {
+  if (!rules.sound({"model.layers", "model.moe.every", "model.moe.dense_layers"})) return false;
+  for (const LayerOverride& change : model.layer_override()) {
+    for (const std::int32_t layer : change.layer()) {
+      if (layer < -model.layers() || layer >= model.layers()) return false;
+    }
+  }
+  return true;
+}
 
 void check_moe(const ModelConfig& model, Rules* rules) {
   if (!model.has_moe()) return;

@@ -83,7 +83,11 @@ TEST(ConfigValidate, OneViolationForOneMistake) {
       {{"data.held_out_block_tokens=255"}, "data.held_out_block_tokens", "nearest: 256"},
       {{"data.skip={begin: 5 end: 5}"}, "data.skip[0].end", "nearest: 6"},
       {{"batch.micro_batch_sequences=5"}, "batch.micro_batch_sequences", "nearest: 4"},
-      {{"batch.micro_batch_sequences=2"}, "batch.micro_batch_sequences", "nearest: 4", 4},
+      {{"batch.micro_batch_sequences=2"},
+       "batch.micro_batch_sequences",
+       "nearest: 4; or parallel { tensor: 2 }, parallel { tensor: 4 }",
+       4},
+      {{"batch.sequences=6", "parallel.tensor=2"}, "batch.micro_batch_sequences", "start 6 ranks", 8},
       {{"batch.sequences=6"},
        "batch.micro_batch_sequences",
        "nearest batch.sequences: 4; or start 3 ranks",
@@ -100,9 +104,12 @@ TEST(ConfigValidate, OneViolationForOneMistake) {
       {{"schedule.total_steps=10"}, "schedule.total_steps", "nearest: 1000"},
       {{"schedule.shape=WARMUP_STABLE_DECAY"}, "schedule.decay_steps", "a tenth, 100"},
       {{"schedule.decay_steps=5"}, "schedule.decay_steps", "WARMUP_STABLE_DECAY"},
-      {{"parallel.tensor=2"}, "parallel.tensor", "nearest: 1"},
-      {{"parallel.expert=2"}, "parallel.expert", "nearest: 1"},
+      {{"parallel.tensor=0"}, "parallel.tensor", "nearest: 1"},
+      {{"parallel.expert=-2"}, "parallel.expert", "nearest: 1"},
       {{"parallel.expert_tensor=0"}, "parallel.expert_tensor", "nearest: 1"},
+      {{"parallel.tensor=3"}, "parallel", "nearest: parallel { tensor: 4 }, parallel { tensor: 2 }"},
+      {{"parallel.expert=5"}, "parallel", "nearest: parallel { expert: 4 }"},
+      {{"parallel.tensor=4"}, "parallel", "nearest: parallel { tensor: 2 }, parallel {}", 2},
       {{"parallel.bucket_bytes=0"}, "parallel.bucket_bytes", "nearest: 1024"},
       {{"checkpoint.keep=-1"}, "checkpoint.keep", "nearest: 0"},
       {{"telemetry.progress_every=0"}, "telemetry.progress_every", "nearest: 1"},
@@ -129,6 +136,7 @@ TEST(ConfigValidate, LegalOnesPass) {
       {"data.file_type=RAW_UINT32", "data.raw_vocabulary=100000"},
       {"schedule.shape=WARMUP_STABLE_DECAY", "schedule.warmup_steps=10", "schedule.decay_steps=990"},
       {"batch.micro_batch_sequences=4"},
+      {"parallel.tensor=1", "parallel.expert=1", "parallel.expert_tensor=1"},
   };
   for (const auto& overrides : legal) {
     for (const int world : {0, 1, 2, 4}) {
@@ -136,6 +144,59 @@ TEST(ConfigValidate, LegalOnesPass) {
       EXPECT_TRUE(found.empty()) << to_string(found, "");
     }
   }
+}
+
+// All reasons at once, and layouts that would do.
+TEST(ConfigValidate, AnImpossibleLayoutNamesEveryReasonAndTheNearestOnes) {
+  const Config config = changed({"parallel={tensor: 3 expert: 16 expert_tensor: 2}",
+                                 "model.layer_override={layer: 0 feed_forward: DENSE}",
+                                 "model.dense_hidden=64", "batch.micro_batch_sequences=8"});
+  const std::vector<Violation> found = validate(config, 8);
+  ASSERT_EQ(found.size(), 1) << to_string(found, "");
+  EXPECT_EQ(to_string(found[0]),
+            "parallel = { tensor: 3 expert: 16 expert_tensor: 2 }: "
+            "tensor size 3 must divide the number of ranks 8; tensor size 3 must divide the heads 4; "
+            "tensor size 3 must divide the key/value heads 4 or be a multiple of them; "
+            "tensor size 3 must divide the sequence length 256; tensor size 3 must divide the dense hidden "
+            "size 64; "
+            "expert size times expert-tensor size 32 must divide the number of ranks 8; "
+            "expert size 16 must divide the number of experts 8; "
+            "nearest: parallel { tensor: 4 expert: 4 expert_tensor: 2 }, parallel { tensor: 4 expert: 8 }, "
+            "parallel { tensor: 2 expert: 4 expert_tensor: 2 }");
+  for (const std::string layout : {"{tensor: 4 expert: 4 expert_tensor: 2}", "{tensor: 4 expert: 8}",
+                                   "{tensor: 2 expert: 4 expert_tensor: 2}"}) {
+    Config better = config;
+    ParseReport report;
+    apply_override(&better, "parallel=" + layout, &report);
+    EXPECT_TRUE(validate(better, 8).empty()) << layout;
+  }
+}
+
+TEST(ConfigValidate, OnlySizesThatAreUsedLimitTheLayout) {
+  const std::vector<std::string> odd_sizes = {"parallel.tensor=2", "model.dense_hidden=7",
+                                              "model.moe.shared_hidden=7"};
+  EXPECT_TRUE(validate(changed(odd_sizes), 2).empty());  // every layer has experts, none of them shared
+  std::vector<std::string> used = odd_sizes;
+  used.push_back("model.moe.shared_experts=3");
+  EXPECT_NE(to_string(validate(changed(used), 2), "").find("shared experts' hidden size 21"),
+            std::string::npos);
+  used = odd_sizes;
+  used.push_back("model.moe.every=2");
+  EXPECT_NE(to_string(validate(changed(used), 2), "").find("dense hidden size 7"), std::string::npos);
+}
+
+// The micro-batch is split over the data-parallel ranks, not over the world.
+TEST(ConfigValidate, TensorRanksShareTheSequencesOfAMicroBatch) {
+  EXPECT_TRUE(validate(changed({"batch.micro_batch_sequences=2", "parallel.tensor=2"}), 4).empty());
+  EXPECT_TRUE(validate(changed({"batch.micro_batch_sequences=2", "parallel.tensor=4"}), 4).empty());
+  const auto found = validate(changed({"batch.micro_batch_sequences=2", "parallel.tensor=2"}), 8);
+  ASSERT_EQ(found.size(), 1);
+  EXPECT_EQ(
+      to_string(found[0]),
+      "batch.micro_batch_sequences = 2: must be divisible by the 4 data-parallel ranks (8 over tensor size "
+      "2) "
+      "among which it is split; nearest: 4; or parallel { tensor: 4 }, parallel { tensor: 4 expert: 2 }, "
+      "parallel { tensor: 4 expert_tensor: 2 }");
 }
 
 TEST(ConfigValidate, RequireValidNamesTheConfiguration) {

@@ -7,6 +7,7 @@
 
 #include "launcher/checkpoint.h"
 #include "parallel/mesh.h"
+#include "parallel/mpi_world.h"
 #include "tests/launcher/trainer_harness.h"
 #include "tests/temporary_directory.h"
 
@@ -47,7 +48,9 @@ class CheckpointOfAllRanks : public ::testing::Test {
     MPI_Comm_size(MPI_COMM_WORLD, &size);
     return size;
   }
-  CheckpointOfAllRanks() : mesh_(MPI_COMM_WORLD, Mesh({.world = ranks()})), groups_(mesh_.groups()) {
+  CheckpointOfAllRanks()
+      : mesh_(Mesh({.world = ranks()}), world_.communicator(), world_.make_groups()),
+        groups_(mesh_.groups()) {
     // Only rank 0's directory is used by all.
     run_dir_ = groups_.world->gather_strings(directory_.path(), "directory").front();
     corpus_ = testing::write_documents(directory_.file("corpus"),
@@ -72,6 +75,7 @@ class CheckpointOfAllRanks : public ::testing::Test {
   }
 
   TemporaryDirectory directory_;
+  MpiWorld world_;
   MeshCommunicators mesh_;
   Groups groups_;
   std::string run_dir_, corpus_;

@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "parallel/mesh.h"
+#include "parallel/mpi_world.h"
 #include "tests/launcher/trainer_harness.h"
 #include "tests/temporary_directory.h"
 
@@ -31,7 +32,8 @@ const std::string kMoe = "moe { experts: 6 top_k: 2 expert_hidden: 8 balance_los
 class OneAndManyRanks {
  public:
   OneAndManyRanks(const Case& c, Precision precision, std::uint64_t seed)
-      : mesh_(MPI_COMM_WORLD, Mesh({.world = ranks()})), groups_(mesh_.groups()) {
+      : mesh_(Mesh({.world = ranks()}), world_.communicator(), world_.make_groups()),
+        groups_(mesh_.groups()) {
     testing::Documents documents = testing::random_documents(400, 9, kVocabulary, seed);
     // With document_mask some sequences have no target at all.
     for (int i = 0; i < 150; ++i) documents.push_back({i % kVocabulary});
@@ -106,6 +108,7 @@ class OneAndManyRanks {
 
  private:
   TemporaryDirectory directory_;
+  MpiWorld world_;
   MeshCommunicators mesh_;
   Groups groups_;
   std::unique_ptr<TrainerHarness> one_, many_;

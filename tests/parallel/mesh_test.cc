@@ -11,7 +11,6 @@ namespace hybridmoe {
 namespace {
 
 using testing::ElementsAre;
-using testing::IsEmpty;
 
 constexpr Group kGroups[] = {Group::World,  Group::Data,         Group::Tensor,    Group::KeyValue,
                              Group::Expert, Group::ExpertTensor, Group::ExpertData};
@@ -105,35 +104,33 @@ TEST(Mesh, KeyValueReplicasWhenTensorSizeExceedsTheHeads) {
   EXPECT_EQ(enough.members(Group::KeyValue, 3), enough.members(Group::Data, 3));
 }
 
-TEST(Mesh, IllegalLayoutsGiveEveryReason) {
-  const LayoutDemands model{.heads = 6,
-                            .kv_heads = 6,
-                            .sequence_length = 30,
-                            .dense_hidden = 10,
-                            .shared_hidden = 14,
-                            .experts = 9,
-                            .expert_hidden = 7,
-                            .micro_batch_sequences = 3};
-  EXPECT_THAT(
-      layout_violations({.world = 8, .tensor = 4, .expert = 2, .expert_tensor = 2}, model),
-      ElementsAre("tensor size 4 must divide the heads 6",
-                  "tensor size 4 must divide the key/value heads 6 or be a multiple of them",
-                  "tensor size 4 must divide the sequence length 30",
-                  "tensor size 4 must divide the dense hidden size 10",
-                  "tensor size 4 must divide the shared experts' hidden size 14",
-                  "expert-tensor size 2 must divide the expert hidden size 7",
-                  "expert size 2 must divide the number of experts 9",
-                  "the number of data-parallel ranks 2 must divide the sequences of a micro-batch 3"));
-  EXPECT_THAT(layout_violations({.world = 6, .tensor = 4, .expert = 2, .expert_tensor = 2}),
-              ElementsAre("tensor size 4 must divide the number of ranks 6",
-                          "expert size times expert-tensor size 4 must divide the number of ranks 6"));
-  EXPECT_THAT(layout_violations({.world = 0, .tensor = -1}),
-              ElementsAre("the world of 0 must be at least 1", "tensor size -1 must be at least 1"));
-  EXPECT_THAT(
-      layout_violations({.world = 4}, model),
-      ElementsAre("the number of data-parallel ranks 4 must divide the sequences of a micro-batch 3"));
-  EXPECT_THAT(layout_violations({.world = 3}, model), IsEmpty());
+TEST(Mesh, ImpossibleLayoutsAreRefused) {
   EXPECT_THROW(Mesh({.world = 6, .tensor = 4}), Error);
+  EXPECT_THROW(Mesh({.world = 8, .tensor = 4}, 3), Error);
+  EXPECT_THROW(Mesh({.world = 0}), Error);
+}
+
+// Kinds that share a communicator: equal groups, not only groups of equal sizes.
+TEST(Mesh, KindsWithTheSameGroups) {
+  const Mesh mesh({.world = 8, .tensor = 2, .expert = 2}, 4);
+  EXPECT_TRUE(same_groups(mesh, Group::Data, Group::KeyValue));
+  EXPECT_TRUE(same_groups(mesh, Group::Data, Group::ExpertData));
+  EXPECT_TRUE(same_groups(mesh, Group::Tensor, Group::Expert));
+  EXPECT_FALSE(same_groups(mesh, Group::Tensor, Group::Data));
+  EXPECT_FALSE(same_groups(mesh, Group::Tensor, Group::World));
+  const Mesh few_heads({.world = 8, .tensor = 4, .expert = 2}, 2);
+  EXPECT_FALSE(same_groups(few_heads, Group::KeyValue, Group::ExpertData));  // both of size 4
+  EXPECT_FALSE(same_groups(few_heads, Group::KeyValue, Group::Data));
+  for (const Layout& layout : legal_layouts(8)) {
+    const Mesh each(layout);
+    for (const Group a : kGroups) {
+      for (const Group b : kGroups) {
+        bool same = true;
+        for (int r = 0; r < layout.world; ++r) same = same && each.members(a, r) == each.members(b, r);
+        EXPECT_EQ(same_groups(each, a, b), same);
+      }
+    }
+  }
 }
 
 }  // namespace
