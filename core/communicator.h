@@ -53,8 +53,8 @@ class Communicator {
 
   // data = reduction over the ranks, in place. F64, F32, I64 or I32.
   virtual Event all_reduce(const Tensor& data, ReduceOp op, const char* label) = 0;
-  // output [m] = the rank-th of `size` equal parts of the sum of input [size * m]. output may be that part of
-  // input.
+  // output [m] = the rank-th of `size` equal parts of the sum of input [size * m], summed in rank order.
+  // output may be that part of input. F64, F32, BF16 (summed in fp32, rounded once), I64 or I32.
   virtual Event reduce_scatter(const Tensor& input, const Tensor& output, const char* label) = 0;
   // output [size * m] = the ranks' inputs [m] in rank order. input may be the rank-th part of output. Any
   // type.

@@ -2,8 +2,10 @@
 
 #include <climits>
 #include <cstring>
+#include <numeric>
 #include <utility>
 
+#include "parallel/collective_arguments.h"
 #include "parallel/mpi_error.h"
 #include "parallel/mpi_operation.h"
 #include "parallel/mpi_progress.h"
@@ -51,11 +53,6 @@ class MpiCommunicator : public Communicator {
   std::shared_ptr<ReduceScatterQueue> reductions_;
 };
 
-void require_contiguous(const Tensor& tensor, const char* label) {
-  require(tensor.contiguous(), label, ": a contiguous tensor was expected, got ", tensor.shape.str(),
-          " with row stride ", tensor.stride[0]);
-}
-
 // The operation for a new call: an old one that nobody waits for any more, or a new one.
 std::shared_ptr<MpiOperation> MpiCommunicator::start(const char* label) {
   for (const auto& operation : operations_) {
@@ -73,7 +70,7 @@ std::shared_ptr<MpiOperation> MpiCommunicator::start(const char* label) {
 }
 
 Event MpiCommunicator::all_reduce(const Tensor& data, ReduceOp op, const char* label) {
-  require_contiguous(data, label);
+  check_all_reduce(data, label);
   const auto operation = start(label);
   const MPI_Datatype type = mpi_number_type(data.dtype, label);
   const std::int64_t most = INT_MAX / 2;  // elements of one call, whose count is an int
@@ -87,20 +84,12 @@ Event MpiCommunicator::all_reduce(const Tensor& data, ReduceOp op, const char* l
 }
 
 Event MpiCommunicator::reduce_scatter(const Tensor& input, const Tensor& output, const char* label) {
-  require_contiguous(input, label);
-  require_contiguous(output, label);
-  require(input.dtype == output.dtype && input.elements() == size_ * output.elements(), label,
-          ": reduce_scatter over ", size_, " ranks from ", input.shape.str(), " ", name_of(input.dtype),
-          " to ", output.shape.str(), " ", name_of(output.dtype));
+  check_reduce_scatter(input, output, size_, label);
   return reductions_->start(input, output, label);
 }
 
 Event MpiCommunicator::all_gather(const Tensor& input, const Tensor& output, const char* label) {
-  require_contiguous(input, label);
-  require_contiguous(output, label);
-  require(input.dtype == output.dtype && output.elements() == size_ * input.elements(), label,
-          ": all_gather over ", size_, " ranks from ", input.shape.str(), " ", name_of(input.dtype), " to ",
-          output.shape.str(), " ", name_of(output.dtype));
+  check_all_gather(input, output, size_, label);
   const auto operation = start(label);
   if (input.bytes() == 0) return Event(operation);
   const MpiBytes part(input.bytes());
@@ -112,8 +101,7 @@ Event MpiCommunicator::all_gather(const Tensor& input, const Tensor& output, con
 }
 
 Event MpiCommunicator::broadcast(const Tensor& data, int root, const char* label) {
-  require_contiguous(data, label);
-  require(0 <= root && root < size_, label, ": broadcast from rank ", root, " of ", size_);
+  check_broadcast(data, root, size_, label);
   const auto operation = start(label);
   if (data.bytes() == 0) return Event(operation);
   const MpiBytes all(data.bytes());
@@ -148,22 +136,11 @@ void MpiCommunicator::send_or_receive(MpiOperation& operation, const Tensor& row
 Event MpiCommunicator::all_to_all_rows(const Tensor& send, const std::vector<std::int64_t>& send_rows,
                                        const Tensor& recv, const std::vector<std::int64_t>& recv_rows,
                                        const char* label) {
-  require_contiguous(send, label);
-  require_contiguous(recv, label);
-  std::int64_t sent = 0, received = 0, own_send = 0, own_recv = 0;
-  require(std::ssize(send_rows) == size_ && std::ssize(recv_rows) == size_, label, ": counts for ",
-          send_rows.size(), " and ", recv_rows.size(), " ranks in a group of ", size_);
-  for (int r = 0; r < size_; ++r) {
-    require(send_rows[r] >= 0 && recv_rows[r] >= 0, label, ": a negative number of rows for rank ", r);
-    if (r == rank_) own_send = sent, own_recv = received;
-    sent += send_rows[r];
-    received += recv_rows[r];
-  }
-  require(send.dtype == recv.dtype && sent == send.rows() && received == recv.rows() &&
-              send_rows[rank_] == recv_rows[rank_] &&
-              send.elements() * received == recv.elements() * sent,  // rows of one width
-          label, ": row counts ", sent, " and ", received, " do not fit tensors ", send.shape.str(), " ",
-          name_of(send.dtype), " and ", recv.shape.str(), " ", name_of(recv.dtype));
+  check_all_to_all_rows(send, send_rows, recv, recv_rows, rank_, size_, label);
+  const std::int64_t own_send =
+      std::accumulate(send_rows.begin(), send_rows.begin() + rank_, std::int64_t{0});
+  const std::int64_t own_recv =
+      std::accumulate(recv_rows.begin(), recv_rows.begin() + rank_, std::int64_t{0});
   const auto operation = start(label);
   send_or_receive(*operation, recv, recv_rows, false);
   send_or_receive(*operation, send, send_rows, true);

@@ -12,7 +12,7 @@
 
 namespace hybridmoe {
 
-// The type for arithmetic in MPI; throws Error for a type that the interface does not reduce.
+// The type for arithmetic in MPI; throws Error for a type that all_reduce does not take.
 MPI_Datatype mpi_number_type(DType dtype, const char* label);
 
 // `bytes` bytes as a count and a type, although MPI's counts are ints. The type lives as long as the object;

@@ -4,44 +4,12 @@
 #include <cstddef>
 
 #include "parallel/mpi_error.h"
+#include "parallel/rank_order_reduction.h"
 
 namespace hybridmoe {
 namespace {
 
 constexpr int kTag = 1;
-
-// output[i] = sources[0][i] + sources[1][i] + ... in this order. A source may be output itself.
-template <class T>
-void sum(const std::vector<const void*>& sources, void* output, std::int64_t count) {
-  // Blocks that stay in the first-level cache, since every source passes over the output once.
-  constexpr std::int64_t kBlock = 2048;
-  T total[kBlock];
-  for (std::int64_t begin = 0; begin < count; begin += kBlock) {
-    const std::int64_t length = std::min(kBlock, count - begin);
-    std::copy_n(static_cast<const T*>(sources[0]) + begin, length, total);
-    for (std::size_t s = 1; s < sources.size(); ++s) {
-      const T* source = static_cast<const T*>(sources[s]) + begin;
-#pragma omp simd
-      for (std::int64_t i = 0; i < length; ++i) total[i] += source[i];
-    }
-    std::copy_n(total, length, static_cast<T*>(output) + begin);
-  }
-}
-
-void sum(DType dtype, const std::vector<const void*>& sources, void* output, std::int64_t count) {
-  switch (dtype) {
-    case DType::F64:
-      return sum<double>(sources, output, count);
-    case DType::F32:
-      return sum<float>(sources, output, count);
-    case DType::I64:
-      return sum<std::int64_t>(sources, output, count);
-    case DType::I32:
-      return sum<std::int32_t>(sources, output, count);
-    default:
-      throw Error(cat("no sum for ", name_of(dtype)));
-  }
-}
 
 }  // namespace
 
@@ -89,7 +57,6 @@ std::int64_t ReduceScatterQueue::slice_elements(const Call& call) const {
 }
 
 Event ReduceScatterQueue::start(const Tensor& input, const Tensor& output, const char* label) {
-  mpi_number_type(output.dtype, label);  // throws for a type that has no sum
   const auto call = std::make_shared<Call>(shared_from_this(), input, output, label);
   const std::int64_t part = output.elements(), slice = slice_elements(*call);
   for (std::int64_t begin = 0; begin < part; begin += slice) {
@@ -154,7 +121,8 @@ void ReduceScatterQueue::add_up(Slot& slot) {
       place += count * size_of(call.output.dtype);
     }
   }
-  sum(call.output.dtype, sources, call.output.flat(slot.begin, slot.end).data, count);
+  reduce_in_order(ReduceOp::Sum, call.output.dtype, sources, call.output.flat(slot.begin, slot.end).data,
+                  count);
   call.added = slot.end;
   slot.call.reset();
 }

@@ -1,7 +1,7 @@
 // reduce_scatter by direct exchange: every rank sends each peer its part and adds what it gets in rank order,
-// so a sum does not depend on how a buffer is cut. Each rank sends (W-1)/W of the buffer, the least possible;
-// Open MPI's own nonblocking version reduces everything onto rank 0 first and takes a buffer's worth of
-// memory per call in flight.
+// so a sum does not depend on how a buffer is cut; bf16 is added in fp32 and rounded once. Each rank sends
+// (W-1)/W of the buffer, the least possible; Open MPI's own nonblocking version reduces everything onto rank
+// 0 first and takes a buffer's worth of memory per call in flight.
 //
 // Sends are posted at once and need no memory. Receives go slice by slice through a few slots of scratch
 // memory, first come first served within a communicator. A peer's sends may finish only once the receives
@@ -23,7 +23,8 @@ class ReduceScatterQueue : public MpiProgress::Queue,
   ReduceScatterQueue(MPI_Comm comm, int rank, int size, std::int64_t scratch_bytes,
                      std::shared_ptr<MpiProgress> progress);
 
-  // The tensors are contiguous and match. The queue stays alive through the events that it gave out.
+  // The arguments have been checked (parallel/collective_arguments.h). The queue stays alive through the
+  // events that it gave out.
   Event start(const Tensor& input, const Tensor& output, const char* label);
 
   // Adds what has arrived and posts the next receives; never blocks. Failures are kept by the calls' events.
@@ -38,8 +39,7 @@ class ReduceScatterQueue : public MpiProgress::Queue,
     std::int64_t begin = 0, end = 0;  // elements of the output
     std::vector<std::byte> scratch;   // (size - 1) slices
   };
-  static constexpr int kSlots =
-      2;  // one is added up while the other fills  // one is added up while the other fills
+  static constexpr int kSlots = 2;  // one is added up while the other fills
 
   std::int64_t slice_elements(const Call& call) const;
   void post_receives(Slot& slot);
