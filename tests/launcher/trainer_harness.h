@@ -124,8 +124,8 @@ class TrainerHarness {
         }
       }
     }
-    for (ParameterState* place : places) {
-      for (auto* values : {&place->gradient, &place->master, &place->m, &place->v}) {
+    for (auto& [name, place] : result) {
+      for (auto* values : {&place.gradient, &place.master, &place.m, &place.v}) {
         groups_.world
             ->all_reduce(Tensor(values->data(), DType::F64, {std::ssize(*values)}), ReduceOp::Sum,
                          "state of all ranks")
