@@ -12,51 +12,63 @@ std::int64_t aligned(std::int64_t bytes) { return (bytes + kAlignment - 1) / kAl
 }  // namespace
 
 MemoryPlan::~MemoryPlan() {
-  if (arena_ != nullptr) backend_->release(arena_, bytes());
+  if (arena_ != nullptr) backend_->release(arena_, reserved_bytes());
 }
 
 void MemoryPlan::add(Tensor* target, std::string name, const Shape& shape, DType dtype,
                      std::string component) {
+  add_rows(target, std::move(name), shape, shape.rank == 0 ? 1 : shape[0], dtype, std::move(component));
+}
+
+void MemoryPlan::add_rows(Tensor* target, std::string name, const Shape& shape, std::int64_t expected_rows,
+                          DType dtype, std::string component) {
   require(arena_ == nullptr, "buffer ", name, " is planned after the plan was committed");
   for (const Buffer& buffer : buffers_) {
     require(buffer.target != target, "buffer ", name, " has the target of buffer ", buffer.name);
   }
   *target = Tensor(nullptr, dtype, shape);
-  const std::int64_t size = aligned(target->bytes());
-  std::int64_t& top = depth_ > 0 ? scratch_top_ : persistent_;
-  buffers_.push_back({target, std::move(name), std::move(component), top, size, depth_ > 0});
-  top += size;
-  scratch_peak_ = std::max(scratch_peak_, scratch_top_);
+  const std::int64_t rows = target->rows();
+  require(0 <= expected_rows && expected_rows <= rows, "buffer ", name, " of up to ", rows,
+          " rows cannot be expected to hold ", expected_rows);
+  const std::int64_t row_bytes = rows == 0 ? 0 : target->bytes() / rows;
+  const Extent size{aligned(target->bytes()), aligned(row_bytes * expected_rows)};
+  Extent& top = depth_ > 0 ? scratch_ : persistent_;
+  buffers_.push_back({target, std::move(name), std::move(component), top.reserved, size, depth_ > 0});
+  top.reserved += size.reserved;
+  top.expected += size.expected;
+  scratch_peak_.reserved = std::max(scratch_peak_.reserved, scratch_.reserved);
+  scratch_peak_.expected = std::max(scratch_peak_.expected, scratch_.expected);
 }
 
 std::map<std::string, std::int64_t> MemoryPlan::by_component() const {
   std::map<std::string, std::int64_t> result;
   for (const Buffer& buffer : buffers_) {
-    if (!buffer.temporary) result[buffer.component] += buffer.bytes;
+    if (!buffer.temporary) result[buffer.component] += buffer.size.expected;
   }
-  if (scratch_peak_ > 0) result["workspace"] = scratch_peak_;
+  if (scratch_peak_.expected > 0) result["workspace"] = scratch_peak_.expected;
   return result;
 }
 
 void MemoryPlan::commit(Backend& backend) {
   require(arena_ == nullptr, "a memory plan is committed once");
-  arena_ = backend.allocate(bytes());
+  arena_ = backend.allocate(reserved_bytes());
   backend_ = &backend;
   for (const Buffer& buffer : buffers_) {
     buffer.target->device = backend.device();
-    buffer.target->data = static_cast<char*>(arena_) + (buffer.temporary ? persistent_ : 0) + buffer.offset;
+    buffer.target->data =
+        static_cast<char*>(arena_) + (buffer.temporary ? persistent_.reserved : 0) + buffer.offset;
   }
 }
 
 std::int64_t MemoryPlan::resident_bytes() const {
   if (arena_ == nullptr || backend_->device() != Device::CPU) return 0;
   const std::int64_t page = sysconf(_SC_PAGESIZE);
-  const std::int64_t pages = (bytes() + page - 1) / page;
+  const std::int64_t pages = (reserved_bytes() + page - 1) / page;
   std::vector<unsigned char> resident(pages);
-  if (mincore(arena_, bytes(), resident.data()) != 0) return 0;
+  if (mincore(arena_, reserved_bytes(), resident.data()) != 0) return 0;
   const std::int64_t count =
       std::count_if(resident.begin(), resident.end(), [](auto p) { return (p & 1) != 0; });
-  return std::min(count * page, bytes());
+  return std::min(count * page, reserved_bytes());
 }
 
 }  // namespace hybridmoe

@@ -2,6 +2,10 @@
 // type); nothing is allocated until `commit`, so the plan can be asked for its size without a device. Buffers
 // declared inside a scope are temporaries: scopes that do not enclose each other share the same memory. Views
 // never own.
+//
+// A few buffers hold as many rows as the router sends to this rank, which no plan can know. They count in the
+// plan with the rows expected of them, while the arena reserves addresses for the most rows that can come:
+// memory that nobody touches costs nothing.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +20,11 @@ namespace hybridmoe {
 
 class MemoryPlan {
  public:
+  // Bytes of some buffers: addresses, and what is expected to be touched of them.
+  struct Extent {
+    std::int64_t reserved = 0, expected = 0;
+  };
+
   MemoryPlan() = default;
   MemoryPlan(const MemoryPlan&) = delete;
   MemoryPlan& operator=(const MemoryPlan&) = delete;
@@ -25,13 +34,17 @@ class MemoryPlan {
   // must stay where it is until then. `component` groups buffers in the report ("weights", "activations",
   // ...).
   void add(Tensor* target, std::string name, const Shape& shape, DType dtype, std::string component);
+  // The same for a buffer of up to shape[0] rows, of which the plan counts `expected_rows`.
+  void add_rows(Tensor* target, std::string name, const Shape& shape, std::int64_t expected_rows, DType dtype,
+                std::string component);
 
   // Temporaries declared between a scope's construction and destruction end with it.
   class Scope {
    public:
-    explicit Scope(MemoryPlan& plan) : plan_(plan), mark_(plan.scratch_top_) { ++plan_.depth_; }
+    explicit Scope(MemoryPlan& plan) : plan_(plan), mark_(plan.scratch_) { ++plan_.depth_; }
     ~Scope() {
-      plan_.scratch_top_ = mark_;
+      plan_.scratch_.reserved = mark_.reserved;
+      plan_.scratch_.expected = mark_.expected;
       --plan_.depth_;
     }
     Scope(const Scope&) = delete;
@@ -39,10 +52,13 @@ class MemoryPlan {
 
    private:
     MemoryPlan& plan_;
-    std::int64_t mark_;
+    Extent mark_;
   };
 
-  std::int64_t bytes() const { return persistent_ + scratch_peak_; }
+  // What the plan counts on.
+  std::int64_t bytes() const { return persistent_.expected + scratch_peak_.expected; }
+  // Addresses taken at commit.
+  std::int64_t reserved_bytes() const { return persistent_.reserved + scratch_peak_.reserved; }
   // Component -> bytes; temporaries appear once, as "workspace".
   std::map<std::string, std::int64_t> by_component() const;
   // Allocates one arena and fills every target. Throws when the memory cannot be had.
@@ -55,11 +71,12 @@ class MemoryPlan {
   struct Buffer {
     Tensor* target;
     std::string name, component;
-    std::int64_t offset, bytes;
+    std::int64_t offset;
+    Extent size;
     bool temporary;
   };
   std::vector<Buffer> buffers_;
-  std::int64_t persistent_ = 0, scratch_top_ = 0, scratch_peak_ = 0;
+  Extent persistent_, scratch_, scratch_peak_;
   int depth_ = 0;
   Backend* backend_ = nullptr;
   void* arena_ = nullptr;

@@ -21,14 +21,14 @@ ParameterStore::Id ParameterStore::add(ParameterSpec spec) {
   for (const GlobalRun& run : spec.runs) length += run.end - run.begin;
   require(length == spec.local_shape.elements(), "parameter ", spec.name, ": its runs hold ", length,
           " elements, its local shape ", spec.local_shape.str());
-  require(find(spec.name) < 0, "parameter ", spec.name, " is declared twice");
+  require(find(spec.name, spec.part) < 0, "parameter ", spec.name, " ", spec.part, " is declared twice");
   specs_.push_back(std::move(spec));
   return size() - 1;
 }
 
-ParameterStore::Id ParameterStore::find(const std::string& name) const {
+ParameterStore::Id ParameterStore::find(const std::string& name, const std::string& part) const {
   for (Id id = 0; id < size(); ++id) {
-    if (specs_[id].name == name) return id;
+    if (specs_[id].name == name && specs_[id].part == part) return id;
   }
   return -1;
 }
@@ -36,26 +36,7 @@ ParameterStore::Id ParameterStore::find(const std::string& name) const {
 void ParameterStore::plan(MemoryPlan& memory, DType compute, DType statistics, std::int64_t bucket_bytes,
                           bool for_training) {
   lay_out_table();
-  std::vector<Id> order(size());
-  std::iota(order.begin(), order.end(), 0);
-  // Last declared first within a stage: the order in which the backward pass reaches them.
-  std::stable_sort(order.begin(), order.end(), [&](Id a, Id b) {
-    return specs_[a].ready_stage != specs_[b].ready_stage ? specs_[a].ready_stage < specs_[b].ready_stage
-                                                          : a > b;
-  });
-  places_.resize(size());
-  for (const Id id : order) {
-    Bucket* bucket = buckets_->empty() ? nullptr : &buckets_->back();
-    const bool full = bucket != nullptr && bucket->elements * size_of(statistics) >= bucket_bytes;
-    if (bucket == nullptr || full || bucket->replicas != specs_[id].replicas) {
-      bucket = &buckets_->emplace_back();
-      bucket->replicas = specs_[id].replicas;
-    }
-    places_[id] = {static_cast<int>(buckets_->size()) - 1, bucket->elements};
-    bucket->parameters.push_back(id);
-    bucket->elements += round_up(specs_[id].local_shape.elements(), kAlign);
-    bucket->ready_stage = std::max(bucket->ready_stage, specs_[id].ready_stage);
-  }
+  assign_buckets(statistics, bucket_bytes);
   int index = 0;
   for (Bucket& bucket : *buckets_) {
     const std::int64_t ranks = bucket.replicas->size();
@@ -72,6 +53,44 @@ void ParameterStore::plan(MemoryPlan& memory, DType compute, DType statistics, s
       memory.add(&bucket.master, name + " master", {shard}, statistics, "optimizer state");
     memory.add(&bucket.m, name + " m", {shard}, statistics, "optimizer state");
     memory.add(&bucket.v, name + " v", {shard}, statistics, "optimizer state");
+  }
+}
+
+void ParameterStore::assign_buckets(DType statistics, std::int64_t bucket_bytes) {
+  std::vector<Id> order(size());
+  std::iota(order.begin(), order.end(), 0);
+  // Last declared first within a stage: the order in which the backward pass reaches them.
+  std::stable_sort(order.begin(), order.end(), [&](Id a, Id b) {
+    return specs_[a].ready_stage != specs_[b].ready_stage ? specs_[a].ready_stage < specs_[b].ready_stage
+                                                          : a > b;
+  });
+  // One bucket stays open for each group of replicas, whatever lies between two parameters of the group.
+  std::vector<std::size_t> open;
+  for (const Id id : order) {
+    const ParameterSpec& spec = specs_[id];
+    auto place = std::find_if(open.begin(), open.end(),
+                              [&](std::size_t b) { return (*buckets_)[b].replicas == spec.replicas; });
+    if (place == open.end()) place = open.insert(open.end(), buckets_->size());
+    if (*place == buckets_->size() || (*buckets_)[*place].elements * size_of(statistics) >= bucket_bytes) {
+      *place = buckets_->size();
+      Bucket& fresh = buckets_->emplace_back();
+      fresh.replicas = spec.replicas;
+      fresh.first_stage = spec.ready_stage;
+    }
+    Bucket& bucket = (*buckets_)[*place];
+    bucket.parameters.push_back(id);
+    bucket.elements += round_up(spec.local_shape.elements(), kAlign);
+    bucket.ready_stage = spec.ready_stage;
+  }
+  std::stable_sort(buckets_->begin(), buckets_->end(),
+                   [](const Bucket& a, const Bucket& b) { return a.ready_stage < b.ready_stage; });
+  places_.resize(size());
+  for (std::size_t b = 0; b < buckets_->size(); ++b) {
+    std::int64_t offset = 0;
+    for (const Id id : (*buckets_)[b].parameters) {
+      places_[id] = {static_cast<int>(b), offset};
+      offset += round_up(specs_[id].local_shape.elements(), kAlign);
+    }
   }
 }
 

@@ -3,9 +3,9 @@
 //
 // A parameter is stored as an ordered list of runs of its global elements (row-major flat indices). Initial
 // values, optimizer ownership, telemetry rows, checkpoint slices and export all use only that list, so that
-// sharding a parameter adds nothing to any of them. Buckets are laid out in the order in which the backward
-// pass finishes gradients. Each bucket is padded so that the ranks that replicate it own equal shards of it;
-// the optimizer state exists only for the owned shard (ZeRO-1, arXiv 1910.02054).
+// sharding a parameter adds nothing to any of them. Each group of replicas has buckets of its own, filled and
+// ordered as the backward pass finishes gradients. Each bucket is padded so that the ranks that replicate it
+// own equal shards of it; the optimizer state exists only for the owned shard (ZeRO-1, arXiv 1910.02054).
 #pragma once
 
 #include <cstdint>
@@ -29,6 +29,9 @@ struct GlobalRun {
 
 struct ParameterSpec {
   std::string name;  // "layers.3.qkv.weight"
+  // A rank may hold one parameter in several parts, when they have different replicas: each is a
+  // specification of its own, of the same name and global shape. Empty: the only part.
+  std::string part;
   Shape global_shape;
   Shape local_shape;            // of this rank's part
   std::vector<GlobalRun> runs;  // this rank's part in local order; their lengths add up to local_shape
@@ -57,9 +60,9 @@ class ParameterStore {
 
   int size() const { return static_cast<int>(specs_.size()); }
   const ParameterSpec& spec(Id id) const { return specs_[id]; }
-  Id find(const std::string& name) const;  // -1 when there is none
-  Tensor weight(Id id) const;              // local_shape C
-  Tensor gradient(Id id) const;            // local_shape S
+  Id find(const std::string& name, const std::string& part = "") const;  // -1 when there is none
+  Tensor weight(Id id) const;                                            // local_shape C
+  Tensor gradient(Id id) const;                                          // local_shape S
 
   // A run of owned elements of one parameter within its bucket's shard.
   struct OwnedRange {
@@ -74,6 +77,7 @@ class ParameterStore {
     std::vector<Id> parameters;
     std::int64_t elements = 0;                    // padded
     std::int64_t owned_begin = 0, owned_end = 0;  // this rank's shard
+    int first_stage = 0;                          // of its parameters, the least ready_stage
     int ready_stage = 0;                          // all gradients are complete after this stage
     Communicator* replicas = nullptr;
     Tensor weight, gradient;  // [elements] C, S
@@ -84,7 +88,7 @@ class ParameterStore {
     Tensor owned_master() const { return master.empty() ? owned_weight() : master; }
     Tensor owned_gradient() const { return gradient.flat(owned_begin, owned_end); }
   };
-  // In the order in which the backward pass completes them.
+  // In the order in which the backward pass completes them, the same on all ranks of a bucket's replicas.
   std::vector<Bucket>& buckets() { return *buckets_; }
   const std::vector<Bucket>& buckets() const { return *buckets_; }
 
@@ -94,6 +98,7 @@ class ParameterStore {
   std::int64_t local_elements() const;
 
  private:
+  void assign_buckets(DType statistics, std::int64_t bucket_bytes);
   void lay_out_owned(Bucket* bucket);
   void lay_out_table();
   int row_of(int layer, TensorKind kind) const;

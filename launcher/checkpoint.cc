@@ -26,12 +26,24 @@ Pieces state_of(Trainer& trainer, int rank) {
   return arrays;
 }
 
+// The numbers of the manifest's parameters, by specification: parts of one parameter share its number.
+std::vector<int> parameter_numbers(const ParameterStore& parameters) {
+  std::vector<int> numbers;
+  std::map<std::string, int> known;
+  for (ParameterStore::Id id = 0; id < parameters.size(); ++id) {
+    numbers.push_back(
+        known.try_emplace(parameters.spec(id).name, static_cast<int>(known.size())).first->second);
+  }
+  return numbers;
+}
+
 void add_slices(Trainer& trainer, ShardRecord* record) {
+  const std::vector<int> numbers = parameter_numbers(trainer.parameters());
   std::int64_t offset = 0;
   for (const auto& bucket : trainer.parameters().buckets()) {
     for (const auto& range : bucket.owned) {
       OwnedSlice* slice = record->add_slice();
-      slice->set_parameter(range.parameter);
+      slice->set_parameter(numbers[range.parameter]);
       slice->set_begin(range.global_begin);
       slice->set_end(range.global_begin + range.length);
       slice->set_array_offset(offset + range.shard_begin);
@@ -41,8 +53,10 @@ void add_slices(Trainer& trainer, ShardRecord* record) {
 }
 
 void add_parameters(Trainer& trainer, CheckpointManifest* manifest) {
+  const std::vector<int> numbers = parameter_numbers(trainer.parameters());
   for (ParameterStore::Id id = 0; id < trainer.parameters().size(); ++id) {
     const ParameterSpec& spec = trainer.parameters().spec(id);
+    if (numbers[id] < manifest->parameter_size()) continue;  // another part of it
     ParameterRecord* record = manifest->add_parameter();
     record->set_name(spec.name);
     for (int i = 0; i < spec.global_shape.rank; ++i) record->add_shape(spec.global_shape[i]);

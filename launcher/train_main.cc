@@ -7,7 +7,6 @@
 
 #include "core/config/load.h"
 #include "launcher/worker.h"
-#include "parallel/mesh.h"
 #include "parallel/mpi_communicator.h"
 #include "parallel/mpi_world.h"
 #include "parallel/stop_signal.h"
@@ -58,10 +57,8 @@ int main(int argc, char** argv) {
   hybridmoe::MpiEnvironment mpi(&argc, &argv);
   try {
     const hybridmoe::MpiWorld world;
-    const hybridmoe::Mesh mesh({.world = mpi.size()});
-    const hybridmoe::MeshCommunicators communicators(mesh, world.communicator(), world.make_groups());
     try {
-      return hybridmoe::run_worker(options, communicators.groups(), [&] { return stop.name(); });
+      return hybridmoe::run_worker(options, world, [&] { return stop.name(); });
     } catch (const hybridmoe::SharedError& error) {
       // Every rank has the same message: one of them prints it, and all end in order.
       if (mpi.rank() == 0) std::fprintf(stderr, "hybridmoe-train: %s\n", error.what());

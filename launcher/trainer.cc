@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <exception>
 #include <numbers>
+#include <utility>
 
 #include "core/schedule.h"
 
@@ -37,7 +39,8 @@ Trainer::Trainer(const Config& config, const Dataset& data, Backend& backend, co
       groups_(groups),
       model_(config.model(), config.optimizer(), backend, groups, exchange, parameters_),
       sync_(parameters_),
-      length_(config.model().sequence_length()) {
+      length_(config.model().sequence_length()),
+      exceptions_at_start_(std::uncaught_exceptions()) {
   const BatchConfig& batch = config.batch();
   const std::int64_t ranks = groups.data->size();
   require(batch.micro_batch_sequences() % ranks == 0,
@@ -54,8 +57,22 @@ Trainer::Trainer(const Config& config, const Dataset& data, Backend& backend, co
   memory_.add(&targets_, "targets", {tokens}, DType::I32, "batch");
   memory_.add(&doc_start_, "document starts", {tokens}, DType::I32, "batch");
   const auto rows = static_cast<std::int64_t>(parameters_.table().size());
-  memory_.add(&sums_, "step sums", {rows * kGradColumns + kStepSums}, DType::F64, "statistics");
+  const auto moe_layers = static_cast<std::int64_t>(model_.moe_layers().size());
+  memory_.add(&sums_, "step sums", {rows * kGradColumns + kStepSums + moe_layers}, DType::F64, "statistics");
   memory_.add(&scalars_, "step scalars", {kStepScalars}, DType::F64, "statistics");
+  model_.set_before_stage([this](int stage) {
+    Stopwatch watch;
+    sync_.wait_weights(stage);
+    weight_seconds_ += watch.lap();
+  });
+}
+
+Trainer::~Trainer() {
+  if (std::uncaught_exceptions() > exceptions_at_start_) return;
+  try {
+    sync_.wait_weights();
+  } catch (const std::exception&) {  // whoever uses the communicator next is told
+  }
 }
 
 void Trainer::start() {
@@ -139,7 +156,10 @@ void Trainer::run_micro_batches(StepResult* result) {
   for (std::int64_t m = 0; m < micro_batches_; ++m) {
     const bool last = m + 1 == micro_batches_;
     model_.forward_backward(micro_batch(m), scale, &statistics, [&](int stage) {
-      if (stage == 0) result->seconds.forward += watch.lap();
+      if (stage == 0) {
+        result->seconds.forward += watch.lap() - weight_seconds_;
+        result->seconds.communication += std::exchange(weight_seconds_, 0);
+      }
       if (last) sync_.stage_done(stage);
     });
     result->seconds.backward += watch.lap();
@@ -162,6 +182,8 @@ void Trainer::reduce_sums(bool stop, StepResult* result) {
   // Tensor ranks share their tokens: one of them brings the loss.
   extra[kCrossEntropy] = groups_.tensor->rank() == 0 ? result->model.cross_entropy : 0;
   extra[kStop] = stop ? 1 : 0;
+  auto& moe = result->model.moe;
+  for (std::size_t i = 0; i < moe.size(); ++i) extra[kStepSums + i] = static_cast<double>(moe[i].dropped);
   result->seconds.optimizer += watch.lap();
   groups_.world->all_reduce(sums_, ReduceOp::Sum, "step sums").wait();
   result->seconds.communication += watch.lap();
@@ -172,6 +194,9 @@ void Trainer::reduce_sums(bool stop, StepResult* result) {
   result->z_loss = result->model.z_loss;
   result->loss = result->cross_entropy + result->balance_loss + result->z_loss;
   result->stop_requested = extra[kStop] > 0;
+  for (std::size_t i = 0; i < moe.size(); ++i) {
+    moe[i].dropped = static_cast<std::int64_t>(extra[kStepSums + i]);
+  }
   for (std::int64_t row = 0; row < rows; ++row) {
     result->grad_squares.push_back(table.ptr<double>()[row * kGradColumns + kGradSquares]);
     result->nonfinite.push_back(table.ptr<double>()[row * kGradColumns + kGradNonfinite]);
@@ -208,8 +233,6 @@ void Trainer::update(StepResult* result) {
   backend_.synchronize(nullptr);
   result->seconds.optimizer += watch.lap();
   sync_.gather_weights();
-  sync_.wait_weights();
-  result->seconds.communication += watch.lap();
   const double* scalars = scalars_.ptr<double>();
   result->grad_norm = scalars[kGradNorm];
   result->clip_factor = scalars[kClipFactor];

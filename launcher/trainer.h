@@ -46,7 +46,7 @@ struct StepResult {
   StepSeconds seconds;               // of this rank
   std::vector<double> grad_squares;  // by row of parameters().table()
   std::vector<double> nonfinite;     // likewise, counts
-  ModelStatistics model;             // router statistics over the world
+  ModelStatistics model;             // router statistics and drops over the world
 };
 
 struct Evaluation {
@@ -63,13 +63,18 @@ class Trainer {
   // collective.
   Trainer(const Config& config, const Dataset& data, Backend& backend, const Groups& groups,
           RowExchange* exchange);
+  // Waits for weights that are under way into this memory, unless an exception ends the trainer: then their
+  // senders may be gone.
+  ~Trainer();
 
   // Commits the memory and sets initial values.
   void start();
   // One optimizer step: the next batch.sequences training samples in micro-batches. Gradients are those of
   // the global-batch mean loss; when any is not finite, every rank skips the update. `stop` travels with the
-  // step's sums, so that all ranks learn of it at the same step.
+  // step's sums, so that all ranks learn of it at the same step. Weights that other ranks own may still be
+  // under way when it returns: the next forward pass waits for each where it needs it, wait_weights for all.
   StepResult step(bool stop);
+  void wait_weights() { sync_.wait_weights(); }
   // Mean cross-entropy over the held-out split (evaluation.sequences of it). Changes no state.
   Evaluation evaluate();
 
@@ -105,9 +110,11 @@ class Trainer {
   GradientSync sync_;
   Progress progress_;
   std::int64_t length_, local_sequences_, micro_batches_;
+  double weight_seconds_ = 0;  // spent waiting for weights
+  int exceptions_at_start_;
   Tensor tokens_, targets_, doc_start_;  // (M · local sequences · length)
-  Tensor
-      sums_;  // F64, summed over the world once a step: the gradient table, then the loss and the stop flag
+  Tensor sums_;     // F64, summed over the world once a step: the gradient table, then StepSum, then each MoE
+                    // layer's drops
   Tensor scalars_;  // [kStepScalars] F64
 };
 

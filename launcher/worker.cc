@@ -18,14 +18,17 @@
 #include "launcher/recorder.h"
 #include "launcher/run_directory.h"
 #include "launcher/trainer.h"
+#include "parallel/mesh.h"
+#include "parallel/mesh_table.h"
+#include "parallel/row_exchange.h"
 
 namespace hybridmoe {
 
 namespace {
 
 // A line for the user, from rank 0.
-void say(const Groups& groups, const std::string& text) {
-  if (groups.world->rank() != 0) return;
+void say(const Communicator& world, const std::string& text) {
+  if (world.rank() != 0) return;
   std::fputs((text + "\n").c_str(), stdout);
   std::fflush(stdout);
 }
@@ -67,9 +70,9 @@ int threads_per_rank(const Config& config, const Communicator& world) {
 
 class Worker {
  public:
-  Worker(const TrainOptions& options, const Groups& groups,
+  Worker(const TrainOptions& options, const MpiWorld& ranks,
          const std::function<std::string()>& stop_requested)
-      : options_(options), groups_(groups), world_(*groups.world), stop_requested_(stop_requested) {}
+      : options_(options), ranks_(ranks), world_(ranks.communicator()), stop_requested_(stop_requested) {}
 
   int run();
 
@@ -94,8 +97,10 @@ class Worker {
   bool first() const { return world_.rank() == 0; }
 
   const TrainOptions& options_;
-  Groups groups_;
+  const MpiWorld& ranks_;
   Communicator& world_;
+  std::optional<MeshCommunicators> communicators_;
+  Groups groups_;
   std::function<std::string()> stop_requested_;
   Config config_;
   std::unique_ptr<Dataset> data_;
@@ -125,6 +130,12 @@ void Worker::load() {
     complete(&config_, data_->vocabulary());
     require_valid(config_, world_.size(), options_.config);
   });
+  const Mesh mesh(layout_of(config_.parallel(), world_.size()), config_.model().kv_heads());
+  communicators_.emplace(mesh, world_, ranks_.make_groups());
+  groups_ = communicators_->groups();
+  if (mesh.layout() != Layout{.world = world_.size()}) {
+    say(world_, describe(mesh, layout_demands(config_), ranks_.hosts()));
+  }
 }
 
 void Worker::open_run_directory() {
@@ -158,9 +169,15 @@ void Worker::check_resumable() const {
           " samples were consumed so far; keep the old ranges and add only numbers "
           "that come later (hybridmoe-data batch prints the numbers of a step)");
   const LayoutRecord& layout = manifest_.layout();
-  require(layout.world() == world_.size(), "--resume: ", resume_from_->path, " was written by ",
-          layout.world(), " ranks, this job has ", world_.size(), "; start it with mpirun -np ",
-          layout.world(), " (this version cannot change the layout of a checkpoint)");
+  const ParallelConfig& parallel = config_.parallel();
+  require(layout.world() == world_.size() && layout.tensor() == parallel.tensor() &&
+              layout.expert() == parallel.expert() && layout.expert_tensor() == parallel.expert_tensor(),
+          "--resume: ", resume_from_->path, " was written by ", layout.world(),
+          " ranks with parallel { tensor: ", layout.tensor(), " expert: ", layout.expert(),
+          " expert_tensor: ", layout.expert_tensor(), " }, this job has ", world_.size(),
+          " ranks with parallel { tensor: ", parallel.tensor(), " expert: ", parallel.expert(),
+          " expert_tensor: ", parallel.expert_tensor(), " }; start it with mpirun -np ", layout.world(),
+          " and the same parallel sizes (this version cannot change the layout of a checkpoint)");
 }
 
 // The compute type of all ranks, and why it is this one.
@@ -217,33 +234,38 @@ void Worker::choose_backend() {
   layout->set_world(world_.size());
   layout->set_data(groups_.data->size());
   layout->set_tensor(groups_.tensor->size());
-  layout->set_expert(groups_.expert->size());
-  layout->set_expert_tensor(config_.parallel().expert_tensor());
+  layout->set_expert(groups_.expert->size() / groups_.expert_tensor);
+  layout->set_expert_tensor(groups_.expert_tensor);
   layout->set_threads(threads_);
-  say(groups_, cat(config_.name(), ": ", world_.size(), world_.size() == 1 ? " rank" : " ranks", ", ",
-                   backend_->name(), ", precision ", Precision_Name(precision_), " (", reason, ")"));
+  say(world_, cat(config_.name(), ": ", world_.size(), world_.size() == 1 ? " rank" : " ranks", ", ",
+                  backend_->name(), ", precision ", Precision_Name(precision_), " (", reason, ")"));
 }
 
 void Worker::build_trainer() {
   const ModelConfig& model = config_.model();
   together(world_, "memory plan", [&] {
     if (model.has_moe()) {
-      exchange_ = make_local_row_exchange(
-          *backend_, world_, model.moe().experts(), model.moe().top_k(),
-          {.factor = model.moe().capacity_factor(), .by_position = model.moe().drop() == BY_POSITION});
+      const ParallelConfig& parallel = config_.parallel();
+      exchange_ = make_row_exchange(
+          *backend_, groups_, model.moe().experts(), model.moe().top_k(),
+          {.factor = model.moe().capacity_factor(), .by_position = model.moe().drop() == BY_POSITION},
+          {.chunks = parallel.exchange_chunks(),
+           .overlap = parallel.exchange_overlap(),
+           .expected_load = parallel.expected_load(),
+           .load_limit = parallel.load_limit()});
     }
     trainer_ = std::make_unique<Trainer>(config_, *data_, *backend_, groups_, exchange_.get());
   });
   const ParameterCount count = parameter_count(model);
-  say(groups_, cat("model: ", model.layers(), " layers, ", count.total, " parameters, ", count.active,
-                   " active; ", trainer_->tokens_per_step(), " tokens a step"));
+  say(world_, cat("model: ", model.layers(), " layers, ", count.total, " parameters, ", count.active,
+                  " active; ", trainer_->tokens_per_step(), " tokens a step"));
   std::string plan =
       cat("memory per rank: ", mebibytes(static_cast<double>(trainer_->memory().bytes())), " =");
   for (const auto& [component, bytes] : trainer_->memory().by_component()) {
     plan += cat(" ", component, " ", mebibytes(static_cast<double>(bytes)), ",");
   }
   plan.pop_back();
-  say(groups_, plan);
+  say(world_, plan);
 }
 
 void Worker::measure_limit() {
@@ -259,7 +281,7 @@ void Worker::measure_limit() {
       "(%.0f tokens/s)",
       limit_ / 1e9, trainer_->flops_per_step() / 1e9, seconds,
       static_cast<double>(trainer_->tokens_per_step()) / seconds);
-  say(groups_, text);
+  say(world_, text);
 }
 
 void Worker::restore() {
@@ -269,11 +291,11 @@ void Worker::restore() {
     throw SharedError(damage.what() + advice_on_damage(options_.run_dir, resume_from_->step));
   }
   last_saved_ = resume_from_->step;
-  say(groups_, cat("resumed from ", resume_from_->path));
+  say(world_, cat("resumed from ", resume_from_->path));
   together(world_, "later checkpoints", [&] {
     if (!first()) return;
     for (const std::string& path : set_aside_later_checkpoints(options_.run_dir, resume_from_->step)) {
-      say(groups_, cat("a later checkpoint is now ", path, "; delete it when you do not need it"));
+      say(world_, cat("a later checkpoint is now ", path, "; delete it when you do not need it"));
     }
   });
 }
@@ -312,7 +334,7 @@ void Worker::save() {
   const SaveResult result = save_checkpoint(options_.run_dir, manifest_, world_, *trainer_);
   if (result.saved) {
     last_saved_ = step;
-    say(groups_, cat("saved ", result.path, " in ", static_cast<int>(result.seconds * 1000), " ms"));
+    say(world_, cat("saved ", result.path, " in ", static_cast<int>(result.seconds * 1000), " ms"));
     event(EventRecord::CHECKPOINT_SAVED, result.path, {{"seconds", result.seconds}});
     LOG_IF(WARNING, !result.warning.empty()) << "older checkpoints were not removed: " << result.warning;
     return;
@@ -334,7 +356,7 @@ void Worker::evaluate() {
     std::snprintf(text, sizeof text, ", %.4f bits per byte", result.bits_per_byte);
     line += text;
   }
-  say(groups_, cat(line, " (", result.tokens, " held-out tokens)"));
+  say(world_, cat(line, " (", result.tokens, " held-out tokens)"));
   event(EventRecord::EVALUATION, line, {{"loss", result.loss}, {"bits_per_byte", result.bits_per_byte}});
 }
 
@@ -351,11 +373,11 @@ bool Worker::after_step(const StepResult& result) {
   last_loss_ = result.cross_entropy;
   const bool last = result.step >= config_.steps();
   const std::int64_t every = std::max(1, config_.telemetry().progress_every());
-  if (last || result.stop_requested || result.step % every == 0) say(groups_, progress_->str());
+  if (last || result.stop_requested || result.step % every == 0) say(world_, progress_->str());
   if (result.stop_requested) {
     stopped_by_ = stop_requested_();
     if (stopped_by_.empty()) stopped_by_ = "a signal on another rank";
-    say(groups_, cat("stopping after step ", result.step, " (", stopped_by_, ")"));
+    say(world_, cat("stopping after step ", result.step, " (", stopped_by_, ")"));
     event(EventRecord::SIGNAL, stopped_by_);
     return false;
   }
@@ -370,8 +392,8 @@ void Worker::train() {
   if (resume_from_) event(EventRecord::RESTART, resume_from_->path);
   if (config_.checkpoint().before_first_step() && trainer_->progress().step == 0) save();
   if (trainer_->progress().step >= config_.steps()) {
-    say(groups_, cat("nothing to do: ", trainer_->progress().step, " of ", config_.steps(),
-                     " steps are done; raise `steps` to go on"));
+    say(world_, cat("nothing to do: ", trainer_->progress().step, " of ", config_.steps(),
+                    " steps are done; raise `steps` to go on"));
   } else {
     while (after_step(trainer_->step(!stop_requested_().empty()))) {
     }
@@ -383,6 +405,7 @@ void Worker::train() {
 // Training cannot go on, on any rank (a token that is none, found in the middle of the run). A step that
 // fails so has changed nothing yet: what was trained up to it is saved.
 void Worker::rescue(const std::string& error) {
+  trainer_->wait_weights();
   const std::int64_t step = trainer_->progress().step;
   event(EventRecord::OTHER, error);
   if (step > 0 && last_saved_ != step) save();
@@ -395,10 +418,11 @@ void Worker::rescue(const std::string& error) {
 }
 
 int Worker::finish() {
+  trainer_->wait_weights();
   const std::int64_t step = trainer_->progress().step;
   if (last_saved_ != step) save();
   const double peak = process_memory("VmHWM:");
-  say(groups_,
+  say(world_,
       cat("memory: process peak ", mebibytes(peak), ", of which ", mebibytes(peak - memory_before_plan_),
           " beyond what it held before the plan of ",
           mebibytes(static_cast<double>(trainer_->memory().bytes())), "; ",
@@ -414,10 +438,10 @@ int Worker::finish() {
   if (first_loss_ != 0) {
     char text[120];
     std::snprintf(text, sizeof text, "loss %.4f at the start, %.4f at the end", first_loss_, last_loss_);
-    say(groups_, text);
+    say(world_, text);
   }
-  say(groups_, cat(stopped_by_.empty() ? "done: " : "stopped: ", step, " of ", config_.steps(),
-                   " steps; run directory ", options_.run_dir));
+  say(world_, cat(stopped_by_.empty() ? "done: " : "stopped: ", step, " of ", config_.steps(),
+                  " steps; run directory ", options_.run_dir));
   std::int32_t lost = lost_something_ ? 1 : 0;
   world_.all_reduce(Tensor(&lost, DType::I32, {1}), ReduceOp::Max, "exit status").wait();
   return lost;
@@ -443,9 +467,9 @@ int Worker::run() {
 
 }  // namespace
 
-int run_worker(const TrainOptions& options, const Groups& groups,
+int run_worker(const TrainOptions& options, const MpiWorld& ranks,
                const std::function<std::string()>& stop_requested) {
-  return Worker(options, groups, stop_requested).run();
+  return Worker(options, ranks, stop_requested).run();
 }
 
 }  // namespace hybridmoe

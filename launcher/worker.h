@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "core/groups.h"
+#include "parallel/mpi_world.h"
 
 namespace hybridmoe {
 
@@ -22,10 +22,10 @@ struct TrainOptions {
 };
 
 // Trains until the configured number of steps is done or `stop_requested` says so on any rank; then saves and
-// returns. Collective over groups.world. Returns the exit status: 0, or 1 when something was lost on the way
-// (a checkpoint that could not be saved, log records). Throws the same Error on every rank for everything a
-// user can get wrong. stop_requested returns a signal's name, empty for "go on".
-int run_worker(const TrainOptions& options, const Groups& groups,
+// returns. Collective over `ranks`, which outlives the call. Returns the exit status: 0, or 1 when something
+// was lost on the way (a checkpoint that could not be saved, log records). Throws the same Error on every
+// rank for everything a user can get wrong. stop_requested returns a signal's name, empty for "go on".
+int run_worker(const TrainOptions& options, const MpiWorld& ranks,
                const std::function<std::string()>& stop_requested);
 
 }  // namespace hybridmoe

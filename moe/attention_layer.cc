@@ -16,28 +16,70 @@ AttentionLayer::AttentionLayer(const ModelConfig& model, const LayerShape& shape
       parameters_(parameters),
       cos_(&rope_cos),
       sin_(&rope_sin),
-      heads_(model.heads()),
-      kv_heads_(model.kv_heads()),
+      head_part_(part_of(model.heads(), machine.sequence.rank(), machine.sequence.ranks())),
       head_dim_(model.head_dim()) {
+  const int T = machine.sequence.ranks(), t = machine.sequence.rank(), G = model.kv_heads();
+  kv_part_ = T <= G ? part_of(G, t, T) : Part{t * G / T, t * G / T + 1};
+  first_replica_ = T <= G || t * G % T == 0;
+  heads_ = static_cast<std::int32_t>(head_part_.size());
+  kv_heads_ = static_cast<std::int32_t>(kv_part_.size());
   const std::int64_t d = model.d_model(), dk = head_dim_;
   const bool wide = model.head_norm_scope() == FULL_WIDTH;
-  const int stage = model.layers() - index;
-  Declare declare(parameters, machine.groups.data, index, stage, rules.decay_gains);
-  const auto gain = [&](bool wanted, const char* which, std::int64_t heads, TensorKind kind) {
-    return wanted ? declare.gain(cat(name_, ".", which, "_norm.gain"), wide ? heads * dk : dk, kind) : -1;
+  Declare declare(parameters, index, model.layers() - index, rules.decay_gains);
+  const Groups& groups = machine.groups;
+  const auto gain = [&](bool wanted, const char* which, std::int64_t heads, const Part& part,
+                        Communicator* replicas, TensorKind kind) {
+    if (!wanted) return -1;
+    const std::string name = cat(name_, ".", which, "_norm.gain");
+    // One gain for all heads is everybody's; at full width each rank has those of its heads.
+    return wide ? declare.gain(name, heads * dk, {part.begin * dk, part.end * dk}, kind, replicas)
+                : declare.gain(name, dk, kind, groups.world);
   };
-  if (shape.attn_norm != NONE) norm_ = declare.gain(name_ + ".attn_norm.gain", d, TensorKind::AttnNorm);
-  qkv_ = declare.matrix(name_ + ".qkv.weight", {(heads_ + 2 * kv_heads_) * dk, d}, rules.hidden,
-                        TensorKind::Qkv);
-  q_norm_ = gain(shape.q_norm, "q", heads_, TensorKind::QNorm);
-  k_norm_ = gain(shape.k_norm, "k", kv_heads_, TensorKind::KNorm);
-  v_norm_ = gain(shape.v_norm, "v", kv_heads_, TensorKind::VNorm);
-  c_norm_ = gain(shape.c_norm, "c", heads_, TensorKind::CNorm);
-  out_ = declare.matrix(name_ + ".attn_out.weight", {heads_ * dk, d}, rules.residual, TensorKind::AttnOut);
+  if (shape.attn_norm != NONE)
+    norm_ = declare.gain(name_ + ".attn_norm.gain", d, TensorKind::AttnNorm, groups.world);
+  declare_qkv(declare, rules);
+  q_norm_ = gain(shape.q_norm, "q", model.heads(), head_part_, groups.data, TensorKind::QNorm);
+  k_norm_ = gain(shape.k_norm, "k", G, kv_part_, groups.key_value, TensorKind::KNorm);
+  v_norm_ = gain(shape.v_norm, "v", G, kv_part_, groups.key_value, TensorKind::VNorm);
+  c_norm_ = gain(shape.c_norm, "c", model.heads(), head_part_, groups.data, TensorKind::CNorm);
+  out_ = declare.matrix({.name = name_ + ".attn_out.weight",
+                         .shape = {model.heads() * dk, d},
+                         .local_shape = {heads_ * dk, d},
+                         .pieces = {{head_part_.begin * dk, head_part_.end * dk, TensorKind::AttnOut}},
+                         .init_std = rules.residual,
+                         .replicas = groups.data});
+}
+
+void AttentionLayer::declare_qkv(Declare& declare, const ParameterRules& rules) {
+  const std::int64_t d = model_.d_model(), dk = head_dim_, H = model_.heads(), G = model_.kv_heads();
+  const auto rows = [&](std::int64_t first_head, const Part& part) {
+    return RowPiece{(first_head + part.begin) * dk, (first_head + part.end) * dk, TensorKind::Qkv};
+  };
+  Declare::Matrix whole{.name = name_ + ".qkv.weight",
+                        .shape = {(H + 2 * G) * dk, d},
+                        .local_shape = {(heads_ + 2 * kv_heads_) * dk, d},
+                        .pieces = {rows(0, head_part_), rows(H, kv_part_), rows(H + G, kv_part_)},
+                        .init_std = rules.hidden,
+                        .replicas = machine_.groups.data};
+  if (machine_.sequence.ranks() <= G) {
+    qkv_ = declare.matrix(whole);
+    return;
+  }
+  Declare::Matrix query = whole, key_value = whole;
+  query.part = "q";
+  query.local_shape = {heads_ * dk, d};
+  query.pieces = {whole.pieces[0]};
+  key_value.part = "kv";
+  key_value.local_shape = {2 * kv_heads_ * dk, d};
+  key_value.pieces = {whole.pieces[1], whole.pieces[2]};
+  key_value.replicas = machine_.groups.key_value;
+  qkv_ = declare.matrix(query);
+  kv_ = declare.matrix(key_value);
 }
 
 void AttentionLayer::plan_activations(MemoryPlan& memory, std::int64_t sequences, std::int64_t length) {
-  const std::int64_t n = sequences * length, d = model_.d_model(), dk = head_dim_;
+  const std::int64_t T = machine_.sequence.ranks(), own = (sequences * length + T - 1) / T;
+  const std::int64_t n = own * T, d = model_.d_model(), dk = head_dim_;
   const DType C = machine_.backend.compute_type(), S = machine_.backend.statistics_type();
   const auto add = [&](Tensor* target, const char* what, const Shape& shape, DType type) {
     memory.add(target, cat(name_, ".", what), shape, type, "activations");
@@ -47,8 +89,8 @@ void AttentionLayer::plan_activations(MemoryPlan& memory, std::int64_t sequences
     add(target, what, model_.head_norm_scope() == FULL_WIDTH ? Shape{n} : Shape{n, heads}, S);
   };
   if (shape_.attn_norm == RESIDUAL_BEFORE) {
-    add(&saved_.normed, "attn_normed", {n, d}, C);
-    add(&saved_.rstd, "attn_rstd", {n}, S);
+    add(&saved_.normed, "attn_normed", {own, d}, C);
+    add(&saved_.rstd, "attn_rstd", {own}, S);
   }
   add(&saved_.qkv, "qkv", {n, (heads_ + 2 * kv_heads_) * dk}, C);
   add(&saved_.q, "q", {n, heads_ * dk}, C);
@@ -74,8 +116,8 @@ void AttentionLayer::plan_kept(MemoryPlan& memory) {
   memory.add(&logit_max_, name_ + ".attn_logit_max", {1}, DType::F64, "statistics");
 }
 
-void AttentionLayer::plan_temporaries(MemoryPlan& memory, std::int64_t rows) {
-  memory.add(&statistics_, name_ + ".head_sums", {rows}, machine_.backend.statistics_type(), "workspace");
+void AttentionLayer::plan_temporaries(MemoryPlan& memory, std::int64_t all_rows) {
+  memory.add(&statistics_, name_ + ".head_sums", {all_rows}, machine_.backend.statistics_type(), "workspace");
 }
 
 void AttentionLayer::plan_backward(MemoryPlan& memory, std::int64_t sequences, std::int64_t length) {
@@ -84,19 +126,20 @@ void AttentionLayer::plan_backward(MemoryPlan& memory, std::int64_t sequences, s
   memory.add(&dqkv_, name_ + ".dqkv", {n, (heads_ + 2 * kv_heads_) * dk}, C, "workspace");
   memory.add(&dc_, name_ + ".dc", {n, heads_ * dk}, C, "workspace");
   memory.add(&delta_, name_ + ".delta", {sequences, heads_, length}, S, "workspace");
-  if (shape_.attn_norm == RESIDUAL_BEFORE) memory.add(&din_, name_ + ".din", {n, d}, C, "workspace");
+  if (shape_.attn_norm == RESIDUAL_BEFORE)
+    memory.add(&din_, name_ + ".din", {n / machine_.sequence.ranks(), d}, C, "workspace");
 }
 
-AttentionLayer::Part AttentionLayer::part(char which) const {
+AttentionLayer::Operand AttentionLayer::operand(char which) const {
   switch (which) {
     case 'q':
-      return {heads_, shape_.q_norm, true, q_norm_};
+      return {heads_, model_.heads(), shape_.q_norm, true, q_norm_, true};
     case 'k':
-      return {kv_heads_, shape_.k_norm, true, k_norm_};
+      return {kv_heads_, model_.kv_heads(), shape_.k_norm, true, k_norm_, first_replica_};
     case 'v':
-      return {kv_heads_, shape_.v_norm, false, v_norm_};
+      return {kv_heads_, model_.kv_heads(), shape_.v_norm, false, v_norm_, first_replica_};
     default:
-      return {heads_, shape_.c_norm, false, c_norm_};
+      return {heads_, model_.heads(), shape_.c_norm, false, c_norm_, true};
   }
 }
 
@@ -107,7 +150,7 @@ Tensor AttentionLayer::columns_of(const Tensor& qkv, char which) const {
   return which == 'k' ? qkv.columns(q, q + kv) : qkv.columns(q + kv, q + 2 * kv);
 }
 
-HeadNormRopeForward AttentionLayer::head_call(const Pass& pass, const Part& part, const Tensor& x,
+HeadNormRopeForward AttentionLayer::head_call(const Pass& pass, const Operand& part, const Tensor& x,
                                               const Tensor& y, const Tensor& rstd) const {
   HeadNormRopeForward call;
   call.x = x;
@@ -124,23 +167,25 @@ HeadNormRopeForward AttentionLayer::head_call(const Pass& pass, const Part& part
   if (!part.norm) return call;
   call.norm = model_.head_norm_scope() == FULL_WIDTH ? HeadNormKind::FullWidth : HeadNormKind::PerHead;
   call.gain = parameters_.weight(part.gain);
-  call.rstd = rstd.rows(0, pass.rows());
-  call.full_width = part.heads * static_cast<std::int64_t>(head_dim_) * machine_.groups.tensor->size();
+  call.rstd = rstd.rows(0, pass.tokens());
+  call.full_width = part.all_heads * static_cast<std::int64_t>(head_dim_);
   return call;
 }
 
-void AttentionLayer::head_forward(const Pass& pass, const Part& part, const Tensor& x, const Tensor& y,
+void AttentionLayer::head_forward(const Pass& pass, const Operand& part, const Tensor& x, const Tensor& y,
                                   const Tensor& rstd) {
   HeadNormRopeForward call = head_call(pass, part, x, y, rstd);
   if (call.norm == HeadNormKind::FullWidth) {
-    call.sumsq = statistics_.rows(0, pass.rows());
+    call.sumsq = statistics_.rows(0, pass.tokens());
     machine_.backend.head_norm_statistics({x, call.sumsq}, pass.stream);
+    if (!part.counts) machine_.backend.zero(call.sumsq, pass.stream);
+    machine_.backend.synchronize(pass.stream);
     machine_.groups.tensor->all_reduce(call.sumsq, ReduceOp::Sum, "head norm sums").wait();
   }
   machine_.backend.head_norm_rope_forward(call, pass.stream);
 }
 
-void AttentionLayer::head_backward(const Pass& pass, const Part& part, const Tensor& x, const Tensor& rstd,
+void AttentionLayer::head_backward(const Pass& pass, const Operand& part, const Tensor& x, const Tensor& rstd,
                                    const Tensor& dy, const Tensor& dx) {
   HeadNormRopeBackward call;
   call.forward = head_call(pass, part, x, {}, rstd);
@@ -148,15 +193,18 @@ void AttentionLayer::head_backward(const Pass& pass, const Part& part, const Ten
   call.dx = dx;
   if (part.norm) call.dgain = parameters_.gradient(part.gain);
   if (call.forward.norm == HeadNormKind::FullWidth) {
-    call.dot = statistics_.rows(0, pass.rows());
+    call.dot = statistics_.rows(0, pass.tokens());
     machine_.backend.head_norm_backward_statistics({call.forward, dy, call.dot}, pass.stream);
+    machine_.backend.synchronize(pass.stream);
     machine_.groups.tensor->all_reduce(call.dot, ReduceOp::Sum, "head norm gradient sums").wait();
+    // Ranks with the same heads each have a part of their gradient; together they subtract the sum once.
+    if (!part.counts) machine_.backend.zero(call.dot, pass.stream);
   }
   machine_.backend.head_norm_rope_backward(call, pass.stream);
 }
 
 AttentionForward AttentionLayer::attention_call(const Pass& pass) const {
-  const std::int64_t n = pass.rows();
+  const std::int64_t n = pass.tokens();
   AttentionForward call;
   call.batch = static_cast<std::int32_t>(pass.batch);
   call.heads = heads_;
@@ -182,55 +230,105 @@ AttentionForward AttentionLayer::attention_call(const Pass& pass) const {
   return call;
 }
 
+void AttentionLayer::qkv_forward(const Pass& pass, const Tensor& in, const Tensor& qkv) {
+  if (kv_ < 0) {
+    machine_.backend.linear_forward({.x = in, .weight = parameters_.weight(qkv_), .y = qkv}, pass.stream);
+    return;
+  }
+  const std::int64_t q = heads_ * static_cast<std::int64_t>(head_dim_), all = qkv.shape[1];
+  machine_.backend.linear_forward({.x = in, .weight = parameters_.weight(qkv_), .y = qkv.columns(0, q)},
+                                  pass.stream);
+  machine_.backend.linear_forward({.x = in, .weight = parameters_.weight(kv_), .y = qkv.columns(q, all)},
+                                  pass.stream);
+}
+
+void AttentionLayer::qkv_backward(const Pass& pass, const Tensor& in, const Tensor& dqkv) {
+  if (kv_ < 0) {
+    machine_.backend.linear_backward_weight({.x = in, .dy = dqkv, .dweight = parameters_.gradient(qkv_)},
+                                            pass.stream);
+    return;
+  }
+  const std::int64_t q = heads_ * static_cast<std::int64_t>(head_dim_), all = dqkv.shape[1];
+  machine_.backend.linear_backward_weight(
+      {.x = in, .dy = dqkv.columns(0, q), .dweight = parameters_.gradient(qkv_)}, pass.stream);
+  machine_.backend.linear_backward_weight(
+      {.x = in, .dy = dqkv.columns(q, all), .dweight = parameters_.gradient(kv_)}, pass.stream);
+}
+
+void AttentionLayer::qkv_backward_input(const Pass& pass, const Tensor& dqkv, const Tensor& din,
+                                        bool accumulate) {
+  if (kv_ < 0) {
+    machine_.backend.linear_backward_input(
+        {.dy = dqkv, .weight = parameters_.weight(qkv_), .dx = din, .accumulate = accumulate}, pass.stream);
+    return;
+  }
+  const std::int64_t q = heads_ * static_cast<std::int64_t>(head_dim_), all = dqkv.shape[1];
+  machine_.backend.linear_backward_input(
+      {.dy = dqkv.columns(0, q), .weight = parameters_.weight(qkv_), .dx = din, .accumulate = accumulate},
+      pass.stream);
+  machine_.backend.linear_backward_input(
+      {.dy = dqkv.columns(q, all), .weight = parameters_.weight(kv_), .dx = din, .accumulate = true},
+      pass.stream);
+}
+
 void AttentionLayer::forward(const Pass& pass, const Tensor& x, const Tensor& branch) {
   Backend& be = machine_.backend;
-  const std::int64_t n = pass.rows();
-  Tensor in = x;  // (n, d)
+  SequenceParallel& sequence = machine_.sequence;
+  const std::int64_t own = pass.rows(), n = pass.tokens(), all = pass.all_rows();
+  Tensor in = x;  // (own, d)
   if (shape_.attn_norm == RESIDUAL_BEFORE) {
-    in = saved_.normed.rows(0, n);
+    in = saved_.normed.rows(0, own);
     be.residual_norm_forward({.x = x,
                               .gain = parameters_.weight(norm_),
                               .eps = model_.norm_eps(),
                               .y = in,
-                              .rstd = saved_.rstd.rows(0, n)},
+                              .rstd = saved_.rstd.rows(0, own)},
                              pass.stream);
   }
+  qkv_forward(pass, sequence.gather(in, SequenceParallel::kFirst, "attention input", pass.stream).wait(),
+              saved_.qkv.rows(0, all));
   const Tensor qkv = saved_.qkv.rows(0, n);
-  be.linear_forward({.x = in, .weight = parameters_.weight(qkv_), .y = qkv}, pass.stream);
   const bool cached = !k_cache_.empty();
   const std::int64_t first = pass.first_position;
   const Tensor k = cached ? k_cache_.rows(first, first + n) : saved_.k.rows(0, n);
-  head_forward(pass, part('q'), columns_of(qkv, 'q'), saved_.q.rows(0, n), saved_.rstd_q);
-  head_forward(pass, part('k'), columns_of(qkv, 'k'), k, saved_.rstd_k);
+  head_forward(pass, operand('q'), columns_of(qkv, 'q'), saved_.q.rows(0, n), saved_.rstd_q);
+  head_forward(pass, operand('k'), columns_of(qkv, 'k'), k, saved_.rstd_k);
   if (cached || shape_.v_norm) {
     const Tensor v = cached ? v_cache_.rows(first, first + n) : saved_.v.rows(0, n);
-    head_forward(pass, part('v'), columns_of(qkv, 'v'), v, saved_.rstd_v);
+    head_forward(pass, operand('v'), columns_of(qkv, 'v'), v, saved_.rstd_v);
   }
   be.attention_forward(attention_call(pass), pass.stream);
-  Tensor c = saved_.o.rows(0, n);  // (n, H dk)
-  if (shape_.c_norm) {
-    head_forward(pass, part('c'), c, saved_.c.rows(0, n), saved_.rstd_c);
-    c = saved_.c.rows(0, n);
-  }
+  if (shape_.c_norm)
+    head_forward(pass, operand('c'), saved_.o.rows(0, n), saved_.c.rows(0, n), saved_.rstd_c);
+  const Tensor c = (shape_.c_norm ? saved_.c : saved_.o).rows(0, all);  // (all, H dk)
+  if (all > n) be.zero(c.rows(n, all), pass.stream);                    // rows without a token
+  const Tensor partial = sequence.partial(branch, SequenceParallel::kFirst);
   be.linear_forward(
-      {.x = c, .weight = parameters_.weight(out_), .y = branch, .layout = WeightLayout::InputMajor},
+      {.x = c, .weight = parameters_.weight(out_), .y = partial, .layout = WeightLayout::InputMajor},
       pass.stream);
+  sequence.reduce(partial, branch, false, "attention output", pass.stream);
 }
 
 void AttentionLayer::backward(const Pass& pass, const Tensor& x, const Tensor& dy) {
   Backend& be = machine_.backend;
-  const std::int64_t n = pass.rows();
+  SequenceParallel& sequence = machine_.sequence;
+  const std::int64_t n = pass.tokens(), own = pass.rows();
+  const bool before = shape_.attn_norm == RESIDUAL_BEFORE;
+  const Tensor all_dy =
+      sequence.gather(dy, SequenceParallel::kFirst, "attention output gradient", pass.stream).wait();
+  const auto inputs = sequence.gather(before ? saved_.normed.rows(0, own) : x, SequenceParallel::kSecond,
+                                      "attention input", pass.stream);
   const Tensor qkv = saved_.qkv.rows(0, n), dqkv = dqkv_.rows(0, n);
   const Tensor o = saved_.o.rows(0, n), dc = dc_.rows(0, n);
   be.linear_backward_weight({.x = shape_.c_norm ? saved_.c.rows(0, n) : o,
-                             .dy = dy,
+                             .dy = all_dy,
                              .dweight = parameters_.gradient(out_),
                              .layout = WeightLayout::InputMajor},
                             pass.stream);
   be.linear_backward_input(
-      {.dy = dy, .weight = parameters_.weight(out_), .dx = dc, .layout = WeightLayout::InputMajor},
+      {.dy = all_dy, .weight = parameters_.weight(out_), .dx = dc, .layout = WeightLayout::InputMajor},
       pass.stream);
-  if (shape_.c_norm) head_backward(pass, part('c'), o, saved_.rstd_c, dc, dc);
+  if (shape_.c_norm) head_backward(pass, operand('c'), o, saved_.rstd_c, dc, dc);
 
   AttentionBackward attention;
   attention.forward = attention_call(pass);
@@ -241,24 +339,21 @@ void AttentionLayer::backward(const Pass& pass, const Tensor& x, const Tensor& d
   attention.dv = columns_of(dqkv, 'v');
   be.attention_backward(attention, pass.stream);
 
-  head_backward(pass, part('q'), columns_of(qkv, 'q'), saved_.rstd_q, attention.dq, attention.dq);
-  head_backward(pass, part('k'), columns_of(qkv, 'k'), saved_.rstd_k, attention.dk, attention.dk);
+  head_backward(pass, operand('q'), columns_of(qkv, 'q'), saved_.rstd_q, attention.dq, attention.dq);
+  head_backward(pass, operand('k'), columns_of(qkv, 'k'), saved_.rstd_k, attention.dk, attention.dk);
   if (shape_.v_norm)
-    head_backward(pass, part('v'), columns_of(qkv, 'v'), saved_.rstd_v, attention.dv, attention.dv);
+    head_backward(pass, operand('v'), columns_of(qkv, 'v'), saved_.rstd_v, attention.dv, attention.dv);
 
-  const bool before = shape_.attn_norm == RESIDUAL_BEFORE;
-  const Tensor in = before ? saved_.normed.rows(0, n) : x;
-  be.linear_backward_weight({.x = in, .dy = dqkv, .dweight = parameters_.gradient(qkv_)}, pass.stream);
-  if (!before) {  // the skip's gradient is in dy already
-    be.linear_backward_input({.dy = dqkv, .weight = parameters_.weight(qkv_), .dx = dy, .accumulate = true},
-                             pass.stream);
-    return;
-  }
-  const Tensor din = din_.rows(0, n);
-  be.linear_backward_input({.dy = dqkv, .weight = parameters_.weight(qkv_), .dx = din}, pass.stream);
+  qkv_backward(pass, inputs.wait(), dqkv);
+  // Without a norm the skip's gradient is in dy already.
+  const Tensor din = before ? din_.rows(0, own) : dy;
+  const Tensor partial = sequence.partial(din, SequenceParallel::kFirst);
+  qkv_backward_input(pass, dqkv, partial, sequence.product_accumulates(!before));
+  sequence.reduce(partial, din, !before, "attention input gradient", pass.stream);
+  if (!before) return;
   be.residual_norm_backward({.dy = din,
                              .sum = x,
-                             .rstd = saved_.rstd.rows(0, n),
+                             .rstd = saved_.rstd.rows(0, own),
                              .gain = parameters_.weight(norm_),
                              .skip = dy,
                              .dsum = dy,

@@ -29,7 +29,8 @@ Block::Block(const ModelConfig& model, const LayerShape& shape, int index, const
 
 void Block::plan(MemoryPlan& memory, std::int64_t sequences, std::int64_t length, bool training,
                  bool keep_activations, std::int64_t cache_positions) {
-  const std::int64_t n = sequences * length, d = model_.d_model();
+  const std::int64_t T = machine_.sequence.ranks(), n = (sequences * length + T - 1) / T,
+                     d = model_.d_model();
   const DType C = machine_.backend.compute_type(), S = machine_.backend.statistics_type();
   feed_forward_->plan_kept(memory, n);
   attention_.plan_kept(memory);
@@ -47,11 +48,11 @@ void Block::plan(MemoryPlan& memory, std::int64_t sequences, std::int64_t length
 }
 
 void Block::plan_temporaries(MemoryPlan& memory, std::int64_t sequences, std::int64_t length, bool training) {
-  const std::int64_t n = sequences * length;
+  const std::int64_t T = machine_.sequence.ranks(), n = (sequences * length + T - 1) / T;
   MemoryPlan::Scope block(memory);
   memory.add(&branch_, name_ + ".branch", {n, model_.d_model()}, machine_.backend.compute_type(),
              "workspace");
-  attention_.plan_temporaries(memory, n);
+  attention_.plan_temporaries(memory, n * T);
   if (training) {
     MemoryPlan::Scope backward(memory);
     attention_.plan_backward(memory, sequences, length);

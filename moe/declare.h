@@ -1,64 +1,88 @@
-// Short words for declaring whole (unsplit) parameters of one layer.
+// Short words for declaring the parameters of one layer, whole or this rank's part of them.
 #pragma once
 
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "core/parameter_store.h"
 
 namespace hybridmoe {
 
+// The i-th of n parts of `total` things, which need not divide.
+struct Part {
+  std::int64_t begin = 0, end = 0;
+  std::int64_t size() const { return end - begin; }
+};
+inline Part part_of(std::int64_t total, std::int64_t i, std::int64_t n) {
+  return {total * i / n, total * (i + 1) / n};
+}
+
+// Rows [begin, end) of a parameter seen as a matrix of rows as wide as its last extent.
+struct RowPiece {
+  std::int64_t begin = 0, end = 0;
+  TensorKind kind = TensorKind::Qkv;
+};
+
 class Declare {
  public:
-  Declare(ParameterStore& parameters, Communicator* replicas, int layer, int stage, bool decay_gains)
-      : parameters_(parameters),
-        replicas_(replicas),
-        layer_(layer),
-        stage_(stage),
-        decay_gains_(decay_gains) {}
+  Declare(ParameterStore& parameters, int layer, int stage, bool decay_gains)
+      : parameters_(parameters), layer_(layer), stage_(stage), decay_gains_(decay_gains) {}
 
-  ParameterStore::Id gain(const std::string& name, std::int64_t width, TensorKind kind) {
-    ParameterSpec spec = base(name, {width}, {{0, width, kind}});
+  // Elements `part` of a gain [width].
+  ParameterStore::Id gain(const std::string& name, std::int64_t width, const Part& part, TensorKind kind,
+                          Communicator* replicas) {
+    ParameterSpec spec = base(name, {width}, {part.size()}, replicas);
+    spec.runs = {{part.begin, part.end, kind}};
     spec.decay = decay_gains_;
     return parameters_.add(std::move(spec));
   }
-  ParameterStore::Id matrix(const std::string& name, const Shape& shape, double std, TensorKind kind,
-                            bool decay = true) {
-    return runs(name, shape, std, {{0, shape.elements(), kind}}, decay);
+  ParameterStore::Id gain(const std::string& name, std::int64_t width, TensorKind kind,
+                          Communicator* replicas) {
+    return gain(name, width, {0, width}, kind, replicas);
   }
-  ParameterStore::Id runs(const std::string& name, const Shape& shape, double std,
-                          std::vector<GlobalRun> runs, bool decay = true) {
-    ParameterSpec spec = base(name, shape, std::move(runs));
-    spec.init_std = std;
-    spec.decay = decay;
-    return parameters_.add(std::move(spec));
-  }
-  // Fused gate and up projections of `experts` experts, [E, 2F, d]: each expert's gate rows, then its up
-  // rows.
-  ParameterStore::Id gate_up(const std::string& name, std::int64_t experts, std::int64_t hidden,
-                             std::int64_t d, double std, TensorKind gate, TensorKind up) {
-    std::vector<GlobalRun> pieces;
-    for (std::int64_t e = 0; e < experts; ++e) {
-      const std::int64_t begin = e * 2 * hidden * d, middle = begin + hidden * d;
-      pieces.push_back({begin, middle, gate});
-      pieces.push_back({middle, middle + hidden * d, up});
+
+  struct Matrix {
+    std::string name;
+    Shape shape;                   // of the whole parameter
+    Shape local_shape;             // of the pieces
+    std::vector<RowPiece> pieces;  // in the order in which they are stored
+    double init_std = 0;
+    Communicator* replicas = nullptr;
+    bool decay = true;
+    std::string part = {};
+  };
+  ParameterStore::Id matrix(const Matrix& matrix) {
+    const std::int64_t width = matrix.shape[matrix.shape.rank - 1];
+    ParameterSpec spec = base(matrix.name, matrix.shape, matrix.local_shape, matrix.replicas);
+    spec.part = matrix.part;
+    for (const RowPiece& piece : matrix.pieces) {
+      const GlobalRun run{piece.begin * width, piece.end * width, piece.kind};
+      GlobalRun* const last = spec.runs.empty() ? nullptr : &spec.runs.back();
+      if (last != nullptr && last->end == run.begin && last->kind == run.kind) {
+        last->end = run.end;
+      } else {
+        spec.runs.push_back(run);
+      }
     }
-    return runs(name, {experts, 2 * hidden, d}, std, std::move(pieces));
+    spec.init_std = matrix.init_std;
+    spec.decay = matrix.decay;
+    return parameters_.add(std::move(spec));
   }
 
  private:
-  ParameterSpec base(const std::string& name, const Shape& shape, std::vector<GlobalRun> pieces) {
+  ParameterSpec base(const std::string& name, const Shape& shape, const Shape& local_shape,
+                     Communicator* replicas) {
     ParameterSpec spec;
     spec.name = name;
-    spec.global_shape = spec.local_shape = shape;
-    spec.runs = std::move(pieces);
+    spec.global_shape = shape;
+    spec.local_shape = local_shape;
     spec.layer = layer_;
     spec.ready_stage = stage_;
-    spec.replicas = replicas_;
+    spec.replicas = replicas;
     return spec;
   }
   ParameterStore& parameters_;
-  Communicator* replicas_;
   int layer_, stage_;
   bool decay_gains_;
 };

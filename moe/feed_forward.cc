@@ -6,7 +6,8 @@ namespace hybridmoe {
 
 void FeedForwardLayer::declare_norm(Declare& declare) {
   if (shape_.ffn_norm != NONE) {
-    norm_ = declare.gain(name_ + ".ffn_norm.gain", model_.d_model(), TensorKind::FfnNorm);
+    norm_ =
+        declare.gain(name_ + ".ffn_norm.gain", model_.d_model(), TensorKind::FfnNorm, machine_.groups.world);
   }
   has_branch_ = shape_.attn_norm != RESIDUAL_AFTER;
 }
@@ -71,7 +72,7 @@ class DenseLayer : public FeedForwardLayer {
   DenseLayer(const ModelConfig& model, const LayerShape& shape, int index, const ParameterRules& rules,
              Machine& machine, ParameterStore& parameters)
       : FeedForwardLayer(model, shape, index, machine, parameters) {
-    Declare declare(parameters, machine.groups.data, index, model.layers() - index, rules.decay_gains);
+    Declare declare(parameters, index, model.layers() - index, rules.decay_gains);
     declare_norm(declare);
     mlp_.emplace(name_ + ".ffn", model.d_model(), model.dense_hidden(),
                  SwigluMlp::Kinds{TensorKind::DenseGate, TensorKind::DenseUp, TensorKind::DenseDown}, rules,

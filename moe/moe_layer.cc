@@ -24,16 +24,18 @@ MoeLayer::MoeLayer(const ModelConfig& model, const LayerShape& shape, int index,
       moe_(model.moe()),
       exchange_(exchange),
       rule_(router_rule(moe_)) {
-  const std::int64_t d = model.d_model(), hidden = moe_.expert_hidden(), experts = moe_.experts();
-  const int stage = model.layers() - index;
-  Declare declare(parameters, machine.groups.data, index, stage, rules.decay_gains);
-  Declare declare_experts(parameters, machine.groups.expert_data, index, stage, rules.decay_gains);
+  const std::int64_t d = model.d_model(), experts = moe_.experts();
+  const Groups& groups = machine.groups;
+  hidden_ = part_of(moe_.expert_hidden(), groups.expert->rank() % groups.expert_tensor, groups.expert_tensor);
+  Declare declare(parameters, index, model.layers() - index, rules.decay_gains);
   declare_norm(declare);
-  router_ = declare.matrix(name_ + ".router.weight", {experts, d}, rules.hidden, TensorKind::Router);
-  gate_up_ = declare_experts.gate_up(name_ + ".experts.gate_up.weight", experts, hidden, d, rules.hidden,
-                                     TensorKind::ExpertGate, TensorKind::ExpertUp);
-  down_ = declare_experts.matrix(name_ + ".experts.down.weight", {experts, hidden, d}, rules.residual,
-                                 TensorKind::ExpertDown);
+  router_ = declare.matrix({.name = name_ + ".router.weight",
+                            .shape = {experts, d},
+                            .local_shape = {experts, d},
+                            .pieces = {{0, experts, TensorKind::Router}},
+                            .init_std = rules.hidden,
+                            .replicas = groups.world});
+  declare_experts(declare, rules);
   if (moe_.shared_experts() > 0) {
     shared_.emplace(name_ + ".shared", d,
                     moe_.shared_experts() * static_cast<std::int64_t>(moe_.shared_hidden()),
@@ -42,13 +44,38 @@ MoeLayer::MoeLayer(const ModelConfig& model, const LayerShape& shape, int index,
   }
 }
 
+void MoeLayer::declare_experts(Declare& declare, const ParameterRules& rules) {
+  const std::int64_t d = model_.d_model(), F = moe_.expert_hidden(), local = exchange_.local_experts();
+  Declare::Matrix gate_up{.name = name_ + ".experts.gate_up.weight",
+                          .shape = {moe_.experts(), 2 * F, d},
+                          .local_shape = {local, 2 * hidden(), d},
+                          .pieces = {},
+                          .init_std = rules.hidden,
+                          .replicas = machine_.groups.expert_data};
+  Declare::Matrix down{.name = name_ + ".experts.down.weight",
+                       .shape = {moe_.experts(), F, d},
+                       .local_shape = {local, hidden(), d},
+                       .pieces = {},
+                       .init_std = rules.residual,
+                       .replicas = machine_.groups.expert_data};
+  for (std::int64_t e = exchange_.first_expert(); e < exchange_.first_expert() + local; ++e) {
+    const std::int64_t gate = 2 * F * e, up = gate + F;
+    gate_up.pieces.push_back({gate + hidden_.begin, gate + hidden_.end, TensorKind::ExpertGate});
+    gate_up.pieces.push_back({up + hidden_.begin, up + hidden_.end, TensorKind::ExpertUp});
+    down.pieces.push_back({F * e + hidden_.begin, F * e + hidden_.end, TensorKind::ExpertDown});
+  }
+  gate_up_ = declare.matrix(gate_up);
+  down_ = declare.matrix(down);
+}
+
 void MoeLayer::plan_activations(MemoryPlan& memory, std::int64_t rows) {
   FeedForwardLayer::plan_activations(memory, rows);
-  const std::int64_t slots = exchange_.max_slots(rows);
   memory.add(&probs_, name_ + ".probs", {rows, moe_.experts()}, statistics(), "activations");
   memory.add(&lse_, name_ + ".router_lse", {rows}, statistics(), "activations");
-  memory.add(&gate_up_rows_, name_ + ".gate_up", {slots, 2 * std::int64_t{moe_.expert_hidden()}}, compute(),
-             "activations");
+  memory.add_rows(&received_, name_ + ".received", {exchange_.max_rows(rows), model_.d_model()},
+                  exchange_.expected_rows(rows), compute(), "activations");
+  memory.add_rows(&gate_up_rows_, name_ + ".gate_up", {exchange_.max_slots(rows), 2 * hidden()},
+                  exchange_.expected_slots(rows), compute(), "activations");
   if (shared_) shared_->plan_activations(memory, rows);
 }
 
@@ -65,16 +92,20 @@ void MoeLayer::plan_kept(MemoryPlan& memory, std::int64_t rows) {
 }
 
 void MoeLayer::plan_temporaries(MemoryPlan& memory, std::int64_t rows, bool training) {
-  const std::int64_t slots = exchange_.max_slots(rows), d = model_.d_model();
-  memory.add(&slot_rows_, name_ + ".slot_rows", {slots, d}, compute(), "workspace");
-  memory.add(&act_, name_ + ".act", {slots, moe_.expert_hidden()}, compute(), "workspace");
+  const std::int64_t d = model_.d_model();
+  const auto add_slots = [&](Tensor* target, const char* what, const Shape& shape, DType type) {
+    memory.add_rows(target, name_ + what, shape, exchange_.expected_slots(rows), type, "workspace");
+  };
+  const std::int64_t slots = exchange_.max_slots(rows);
+  add_slots(&slot_rows_, ".slot_rows", {slots, d}, compute());
+  add_slots(&act_, ".act", {slots, hidden()}, compute());
   if (shared_) shared_->plan_temporaries(memory, rows);
   if (!training) return;
   memory.add(&topk_again_, name_ + ".topk_again", {rows, moe_.top_k()}, DType::I32, "workspace");
   memory.add(&weights_again_, name_ + ".weights_again", {rows, moe_.top_k()}, statistics(), "workspace");
-  memory.add(&dslot_rows_, name_ + ".dslot_rows", {slots, d}, compute(), "workspace");
-  memory.add(&slot_weights_, name_ + ".slot_weights", {slots}, statistics(), "workspace");
-  memory.add(&dslot_weights_, name_ + ".dslot_weights", {slots}, statistics(), "workspace");
+  add_slots(&dslot_rows_, ".dslot_rows", {slots, d}, compute());
+  add_slots(&slot_weights_, ".slot_weights", {slots}, statistics());
+  add_slots(&dslot_weights_, ".dslot_weights", {slots}, statistics());
   memory.add(&dweights_, name_ + ".dweights", {rows, moe_.top_k()}, statistics(), "workspace");
   memory.add(&dlogits_, name_ + ".dlogits", {rows, moe_.experts()}, statistics(), "workspace");
   if (shape_.ffn_norm == RESIDUAL_BEFORE)
@@ -128,16 +159,16 @@ void MoeLayer::enter(const Pass& pass, const Tensor& x, const Tensor& branch) {
   }
 }
 
-void MoeLayer::apply(const Pass& pass, const Tensor& input, const Tensor& skip, const Tensor& out) {
+void MoeLayer::chunk_forward(const Pass& pass, int chunk, const Tensor& input) {
   Backend& be = machine_.backend;
-  const std::int64_t slots = route_.slots;
-  const Tensor rows = slot_rows_.rows(0, slots), hidden = gate_up_rows_.rows(0, slots),
-               act = act_.rows(0, slots);
-  exchange_.dispatch(route_, input, rows, pass.stream);
-  if (shared_) shared_->forward_hidden(pass, input);
-  be.linear_forward(
-      {.x = rows, .weight = parameters_.weight(gate_up_), .y = hidden, .offsets = route_.offsets},
-      pass.stream);
+  const RouteChunk& c = route_.chunks[chunk];
+  const Tensor rows = slot_rows_.rows(c.slot_begin, c.slot_end()),
+               act = act_.rows(c.slot_begin, c.slot_end());
+  const Tensor hidden = gate_up_rows_.rows(c.slot_begin, c.slot_end());
+  exchange_.finish_dispatch(route_, chunk);
+  exchange_.gather(route_, chunk, input, received_, rows, pass.stream);
+  be.linear_forward({.x = rows, .weight = parameters_.weight(gate_up_), .y = hidden, .offsets = c.offsets},
+                    pass.stream);
   if (pass.recomputing && shape_.ffn_norm != RESIDUAL_AFTER) return;
   be.swiglu_forward({hidden, act}, pass.stream);
   const Tensor outputs = rows;  // the experts' inputs are not needed any more
@@ -145,29 +176,46 @@ void MoeLayer::apply(const Pass& pass, const Tensor& input, const Tensor& skip, 
                      .weight = parameters_.weight(down_),
                      .y = outputs,
                      .layout = WeightLayout::InputMajor,
-                     .offsets = route_.offsets},
+                     .offsets = c.offsets},
                     pass.stream);
-  exchange_.combine(route_, outputs, true, skip, out, pass.stream);
-  if (shared_) shared_->forward_output(pass, out, true);
+  exchange_.start_combine(route_, chunk, outputs, true, pass.stream);
 }
 
-void MoeLayer::apply_backward(const Pass& pass, const Tensor& input, const Tensor& g, const Tensor& din,
-                              bool accumulate) {
-  Backend& be = machine_.backend;
-  const std::int64_t slots = route_.slots;
-  const Tensor g_rows = dslot_rows_.rows(0, slots), rows = slot_rows_.rows(0, slots);
-  const Tensor hidden = gate_up_rows_.rows(0, slots), act = act_.rows(0, slots);
-  const Tensor slot_weights = slot_weights_.rows(0, slots), dslot_weights = dslot_weights_.rows(0, slots);
+void MoeLayer::apply(const Pass& pass, const Tensor& input, const Tensor& skip, const Tensor& out) {
+  const bool outputs = !pass.recomputing || shape_.ffn_norm == RESIDUAL_AFTER;
+  for (int chunk = 0; chunk < chunks(); ++chunk) {
+    exchange_.start_dispatch(route_, chunk, input, received_, pass.stream);
+  }
+  // While rows are under way: the shared experts, then this rank's own rows.
+  Tensor residual = skip;
+  if (shared_) {
+    shared_->forward_hidden(pass, input);
+    if (outputs) {
+      machine_.backend.convert(skip, out, pass.stream);
+      shared_->forward_output(pass, out, true);
+      residual = out;
+    }
+  }
+  for (int chunk = 0; chunk < chunks(); ++chunk) chunk_forward(pass, chunk, input);
+  if (outputs) exchange_.finish_combine(route_, residual, out, pass.stream);
+}
 
-  exchange_.dispatch(route_, g, g_rows, pass.stream);
-  exchange_.dispatch(route_, input, rows, pass.stream);
-  exchange_.dispatch_weights(route_, slot_weights, pass.stream);
-  if (shared_) shared_->backward_hidden(pass, input, g);
+void MoeLayer::chunk_backward(const Pass& pass, int chunk, const Tensor& input, const Tensor& g) {
+  Backend& be = machine_.backend;
+  const RouteChunk& c = route_.chunks[chunk];
+  const auto of_chunk = [&](const Tensor& slots) { return slots.rows(c.slot_begin, c.slot_end()); };
+  const Tensor g_rows = of_chunk(dslot_rows_), rows = of_chunk(slot_rows_), act = of_chunk(act_);
+  const Tensor hidden = of_chunk(gate_up_rows_);
+  const Tensor slot_weights = of_chunk(slot_weights_), dslot_weights = of_chunk(dslot_weights_);
+  exchange_.finish_dispatch(route_, chunk);
+  exchange_.gather(route_, chunk, g, exchange_.inbox(), g_rows, pass.stream);
+  exchange_.gather(route_, chunk, input, received_, rows, pass.stream);
+  exchange_.gather_weights(route_, chunk, slot_weights, pass.stream);
   be.linear_backward_input({.dy = g_rows,
                             .weight = parameters_.weight(down_),
                             .dx = act,
                             .layout = WeightLayout::InputMajor,
-                            .offsets = route_.offsets},
+                            .offsets = c.offsets},
                            pass.stream);
   be.swiglu_backward({.gate_up = hidden,
                       .da = act,
@@ -176,21 +224,32 @@ void MoeLayer::apply_backward(const Pass& pass, const Tensor& input, const Tenso
                       .a = act,
                       .dweight = dslot_weights},
                      pass.stream);
+  exchange_.start_scalars(route_, chunk, dslot_weights, pass.stream);
   be.linear_backward_weight({.x = act,
                              .dy = g_rows,
                              .dweight = parameters_.gradient(down_),
                              .layout = WeightLayout::InputMajor,
-                             .offsets = route_.offsets},
+                             .offsets = c.offsets},
                             pass.stream);
-  be.linear_backward_weight(
-      {.x = rows, .dy = hidden, .dweight = parameters_.gradient(gate_up_), .offsets = route_.offsets},
-      pass.stream);
   const Tensor drows = g_rows;  // the output gradients are not needed any more
   be.linear_backward_input(
-      {.dy = hidden, .weight = parameters_.weight(gate_up_), .dx = drows, .offsets = route_.offsets},
+      {.dy = hidden, .weight = parameters_.weight(gate_up_), .dx = drows, .offsets = c.offsets}, pass.stream);
+  exchange_.start_combine(route_, chunk, drows, false, pass.stream);
+  // Last, so that what goes back is under way meanwhile.
+  be.linear_backward_weight(
+      {.x = rows, .dy = hidden, .dweight = parameters_.gradient(gate_up_), .offsets = c.offsets},
       pass.stream);
-  exchange_.return_scalars(route_, dslot_weights, dweights_.rows(0, pass.rows()), pass.stream);
-  exchange_.combine(route_, drows, false, accumulate ? din : Tensor{}, din, pass.stream);
+}
+
+void MoeLayer::apply_backward(const Pass& pass, const Tensor& input, const Tensor& g, const Tensor& din,
+                              bool accumulate) {
+  for (int chunk = 0; chunk < chunks(); ++chunk) {
+    exchange_.start_dispatch(route_, chunk, g, exchange_.inbox(), pass.stream);
+  }
+  if (shared_) shared_->backward_hidden(pass, input, g);
+  for (int chunk = 0; chunk < chunks(); ++chunk) chunk_backward(pass, chunk, input, g);
+  exchange_.finish_scalars(route_, dweights_.rows(0, pass.rows()), pass.stream);
+  exchange_.finish_combine(route_, accumulate ? din : Tensor{}, din, pass.stream);
   if (shared_) shared_->backward_input(pass, din, true);
 }
 

@@ -1,4 +1,5 @@
-// W₂(silu(W₁ x) ⊙ V₁ x) for every row of x: dense feed-forward layers and shared experts.
+// W₂(silu(W₁ x) ⊙ V₁ x) for every row of x: dense feed-forward layers and shared experts. The hidden width is
+// split over the tensor group.
 #pragma once
 
 #include <string>
@@ -23,7 +24,7 @@ class SwigluMlp {
   void plan_activations(MemoryPlan& memory, std::int64_t rows);
   void plan_temporaries(MemoryPlan& memory, std::int64_t rows);
 
-  // Hidden activations from x, kept for the backward pass; then y += W₂(...), or y =.
+  // Hidden activations from x [n, d], kept for the backward pass; then y [n, d] += W₂(...), or y =.
   void forward_hidden(const Pass& pass, const Tensor& x);
   void forward_output(const Pass& pass, const Tensor& y, bool accumulate);
   // Everything that reads the output gradient g: the hidden gradient and the weight gradients.
@@ -33,12 +34,12 @@ class SwigluMlp {
 
  private:
   std::string name_;
-  std::int64_t hidden_;
+  std::int64_t hidden_;  // F of this rank
   Machine& machine_;
   ParameterStore& parameters_;
   ParameterStore::Id gate_up_, down_;
-  Tensor gate_up_rows_;  // (n, 2F), overwritten by its gradient
-  Tensor act_;           // (n, F) temporary
+  Tensor gate_up_rows_;  // (T n, 2F), overwritten by its gradient
+  Tensor act_;           // (T n, F) temporary
 };
 
 }  // namespace hybridmoe

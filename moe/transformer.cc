@@ -19,28 +19,36 @@ std::int64_t head_chunk(std::int64_t rows, std::int64_t vocabulary) {
 
 Transformer::Transformer(const ModelConfig& model, const OptimizerConfig& optimizer, Backend& backend,
                          const Groups& groups, RowExchange* exchange, ParameterStore& parameters)
-    : model_(model), machine_{backend, groups}, parameters_(parameters) {
+    : model_(model), machine_(backend, groups), exchange_(exchange), parameters_(parameters) {
   const ParameterRules rules(model, optimizer);
   const std::int64_t d = model.d_model(), vocabulary = model.padded_vocabulary();
   const int L = model.layers();
   const std::vector<LayerShape> shapes = resolve_layers(model);
-  Declare embedding(parameters, groups.data, -1, L + 1, rules.decay_gains);
-  embedding_ = embedding.matrix("embedding.weight", {vocabulary, d}, rules.hidden, TensorKind::Embedding,
-                                rules.decay_embeddings);
+  vocabulary_part_ = part_of(vocabulary, machine_.sequence.rank(), machine_.sequence.ranks());
+  const auto table = [&](const char* name, int stage, double std, TensorKind kind, bool decay) {
+    return Declare(parameters, -1, stage, rules.decay_gains)
+        .matrix({.name = name,
+                 .shape = {vocabulary, d},
+                 .local_shape = {vocabulary_part_.size(), d},
+                 .pieces = {{vocabulary_part_.begin, vocabulary_part_.end, kind}},
+                 .init_std = std,
+                 .replicas = groups.data,
+                 .decay = decay});
+  };
+  embedding_ = table("embedding.weight", L + 1, rules.hidden, TensorKind::Embedding, rules.decay_embeddings);
   for (int l = 0; l < L; ++l) {
     blocks_.push_back(std::make_unique<Block>(model_, shapes[l], l, rules, machine_, exchange, parameters,
                                               rope_cos_, rope_sin_));
   }
-  final_norm_ = Declare(parameters, groups.data, -1, 0, rules.decay_gains)
-                    .gain("final_norm.gain", d, TensorKind::FinalNorm);
-  head_ = model.tied_head() ? embedding_
-                            : Declare(parameters, groups.data, -1, 0, rules.decay_gains)
-                                  .matrix("head.weight", {vocabulary, d}, rules.head, TensorKind::Head);
+  final_norm_ = Declare(parameters, -1, 0, rules.decay_gains)
+                    .gain("final_norm.gain", d, TensorKind::FinalNorm, groups.world);
+  head_ = model.tied_head() ? embedding_ : table("head.weight", 0, rules.head, TensorKind::Head, true);
 }
 
 void Transformer::plan(MemoryPlan& memory, const Size& size) {
   size_ = size;
-  const std::int64_t n = size.sequences * size.length, d = model_.d_model();
+  const std::int64_t T = machine_.sequence.ranks(), d = model_.d_model();
+  const std::int64_t n = (size.sequences * size.length + T - 1) / T;  // own rows
   const std::int64_t positions = std::max(size.length, size.cache_positions);
   const DType C = machine_.backend.compute_type(), S = machine_.backend.statistics_type();
   memory.add(&rope_cos_, "rope cosines", {positions, model_.head_dim() / 2}, S, "tables");
@@ -52,16 +60,22 @@ void Transformer::plan(MemoryPlan& memory, const Size& size) {
   memory.add(&h_, "final normed", {n, d}, C, "activations");
   memory.add(&rstd_, "final rstd", {n}, S, "activations");
   if (size.training) memory.add(&d_, "residual gradient", {n, d}, C, "activations");
+  machine_.sequence.plan(memory, n, d);
+  if (exchange_ != nullptr) exchange_->declare_shared(memory, n, d);
+  if (size.cache_positions > 0) {
+    memory.add(&padded_tokens_, "tokens", {n * T}, DType::I32, "batch");
+    memory.add(&all_logits_, "all logits", {model_.padded_vocabulary()}, S, "activations");
+  }
   memory.add(&head_sums_, "head sums", {kHeadSums}, DType::F64, "statistics");
   for (auto& block : blocks_) {
     block->plan(memory, size.sequences, size.length, size.training, size.training && !model_.recompute(),
                 size.cache_positions);
   }
-  chunk_ = head_chunk(size.cache_positions > 0 ? 1 : n, model_.padded_vocabulary());
+  chunk_ = head_chunk(size.cache_positions > 0 ? 1 : n * T, vocabulary_part_.size());
   MemoryPlan::Scope head(memory);
-  memory.add(&logits_, "logits", {chunk_, model_.padded_vocabulary()}, S, "workspace");
+  memory.add(&logits_, "logits", {chunk_, vocabulary_part_.size()}, S, "workspace");
   if (size.training && C != S)
-    memory.add(&dlogits_, "dlogits", {chunk_, model_.padded_vocabulary()}, C, "workspace");
+    memory.add(&dlogits_, "dlogits", {chunk_, vocabulary_part_.size()}, C, "workspace");
   for (Tensor* tensor : {&max_, &local_max_, &sumexp_, &target_logit_}) {
     memory.add(tensor, "head statistics", {chunk_}, S, "workspace");
   }
@@ -94,9 +108,20 @@ Tensor Transformer::layer_input(int layer, std::int64_t rows) const {
 
 void Transformer::forward(const Pass& pass, const Tensor& tokens) {
   const std::int64_t n = pass.rows();
-  machine_.backend.embedding_forward(
-      {.tokens = tokens, .weight = parameters_.weight(embedding_), .y = layer_input(0, n)}, pass.stream);
-  for (int l = 0; l < layers(); ++l) blocks_[l]->forward(pass, layer_input(l, n), layer_input(l + 1, n));
+  SequenceParallel& sequence = machine_.sequence;
+  if (before_stage_) before_stage_(layers() + 1);
+  const Tensor x = layer_input(0, n), partial = sequence.partial(x, SequenceParallel::kFirst);
+  machine_.backend.embedding_forward({.tokens = tokens,
+                                      .weight = parameters_.weight(embedding_),
+                                      .first_row = vocabulary_part_.begin,
+                                      .y = partial},
+                                     pass.stream);
+  sequence.reduce(partial, x, false, "embeddings", pass.stream);
+  for (int l = 0; l < layers(); ++l) {
+    if (before_stage_) before_stage_(layers() - l);
+    blocks_[l]->forward(pass, layer_input(l, n), layer_input(l + 1, n));
+  }
+  if (before_stage_) before_stage_(0);
   machine_.backend.residual_norm_forward({.x = layer_input(layers(), n),
                                           .gain = parameters_.weight(final_norm_),
                                           .eps = model_.norm_eps(),
@@ -109,9 +134,9 @@ void Transformer::head_partial(const Pass& pass, const MicroBatch& batch, std::i
                                std::int64_t end, HeadFinish* finish) {
   const std::int64_t c = end - begin;
   Communicator& tensor = *machine_.groups.tensor;
-  finish->h = h_.rows(begin, end);
   finish->weight = parameters_.weight(head_);
   finish->targets = batch.targets.rows(begin, end);
+  finish->first_row = vocabulary_part_.begin;
   finish->logits = logits_.rows(0, c);
   finish->max = max_.rows(0, c);
   finish->sumexp = sumexp_.rows(0, c);
@@ -120,6 +145,7 @@ void Transformer::head_partial(const Pass& pass, const MicroBatch& batch, std::i
   machine_.backend.head_partial({.h = finish->h,
                                  .weight = finish->weight,
                                  .targets = finish->targets,
+                                 .first_row = vocabulary_part_.begin,
                                  .valid_rows = model_.vocabulary(),
                                  .logits = finish->logits,
                                  .max = local_max,
@@ -127,8 +153,10 @@ void Transformer::head_partial(const Pass& pass, const MicroBatch& batch, std::i
                                  .target_logit = finish->target_logit},
                                 pass.stream);
   machine_.backend.convert(local_max, finish->max, pass.stream);
+  machine_.backend.synchronize(pass.stream);
   tensor.all_reduce(finish->max, ReduceOp::Max, "logit maximum").wait();
   machine_.backend.head_rescale({local_max, finish->max, finish->sumexp}, pass.stream);
+  machine_.backend.synchronize(pass.stream);
   const Event sum = tensor.all_reduce(finish->sumexp, ReduceOp::Sum, "logit sums");
   tensor.all_reduce(finish->target_logit, ReduceOp::Sum, "target logits").wait();
   sum.wait();
@@ -136,21 +164,28 @@ void Transformer::head_partial(const Pass& pass, const MicroBatch& batch, std::i
 
 void Transformer::run_head(const Pass& pass, const MicroBatch& batch, double scale, bool gradient,
                            const Tensor& token_loss) {
-  const std::int64_t n = pass.rows();
+  SequenceParallel& sequence = machine_.sequence;
+  const std::int64_t n = pass.tokens();
+  const Tensor own = h_.rows(0, pass.rows());
+  const Tensor h = sequence.gather(own, SequenceParallel::kFirst, "LM head input", pass.stream).wait();
+  const Tensor d = gradient ? d_.rows(0, pass.rows()) : Tensor{};
+  const Tensor dh = gradient ? sequence.partial(d, SequenceParallel::kSecond) : Tensor{};
   for (std::int64_t begin = 0; begin < n; begin += chunk_) {
     const std::int64_t end = std::min(n, begin + chunk_);
     HeadFinish finish;
+    finish.h = h.rows(begin, end);
     head_partial(pass, batch, begin, end, &finish);
     finish.scale = scale;
     finish.sums = head_sums_;
     if (!token_loss.empty()) finish.token_loss = token_loss.rows(begin, end);
     if (gradient) {
       if (!dlogits_.empty()) finish.dlogits = dlogits_.rows(0, end - begin);
-      finish.dh = d_.rows(begin, end);
+      finish.dh = dh.rows(begin, end);
       finish.dweight = parameters_.gradient(head_);
     }
     machine_.backend.head_finish(finish, pass.stream);
   }
+  if (gradient) sequence.reduce(dh, d, false, "LM head input gradient", pass.stream);
 }
 
 void Transformer::start_statistics() {
@@ -161,14 +196,22 @@ void Transformer::start_statistics() {
   }
 }
 
-void Transformer::forward_backward(const MicroBatch& batch, const LossScale& scale,
-                                   ModelStatistics* statistics, const std::function<void(int)>& on_stage) {
-  Backend& be = machine_.backend;
+Pass Transformer::pass_of(const MicroBatch& batch) const {
   Pass pass;
   pass.batch = batch.sequences;
   pass.queries = batch.length;
+  pass.tensor_ranks = machine_.sequence.ranks();
   pass.doc_start = batch.doc_start;
-  pass.stream = be.main_stream();
+  pass.stream = machine_.backend.main_stream();
+  require(pass.tokens() % pass.tensor_ranks == 0, "a micro-batch of ", pass.tokens(),
+          " tokens cannot be split over ", pass.tensor_ranks, " tensor-parallel ranks");
+  return pass;
+}
+
+void Transformer::forward_backward(const MicroBatch& batch, const LossScale& scale,
+                                   ModelStatistics* statistics, const std::function<void(int)>& on_stage) {
+  Backend& be = machine_.backend;
+  Pass pass = pass_of(batch);
   const std::int64_t n = pass.rows();
   start_statistics();
 
@@ -197,18 +240,19 @@ void Transformer::forward_backward(const MicroBatch& batch, const LossScale& sca
     blocks_[l]->backward(pass, scale, x, d);
     if (on_stage) on_stage(layers() - l);
   }
-  be.embedding_backward({.tokens = batch.tokens, .dy = d, .dweight = parameters_.gradient(embedding_)},
+  const Tensor all_d =
+      machine_.sequence.gather(d, SequenceParallel::kFirst, "embedding gradient", pass.stream).wait();
+  be.embedding_backward({.tokens = batch.tokens,
+                         .dy = all_d,
+                         .first_row = vocabulary_part_.begin,
+                         .dweight = parameters_.gradient(embedding_)},
                         pass.stream);
   if (on_stage) on_stage(layers() + 1);
   collect(scale, statistics);
 }
 
 void Transformer::evaluate(const MicroBatch& batch, ModelStatistics* statistics, const Tensor& token_loss) {
-  Pass pass;
-  pass.batch = batch.sequences;
-  pass.queries = batch.length;
-  pass.doc_start = batch.doc_start;
-  pass.stream = machine_.backend.main_stream();
+  const Pass pass = pass_of(batch);
   machine_.backend.zero(head_sums_, pass.stream);
   forward(pass, batch.tokens);
   run_head(pass, batch, 1, false, token_loss);
@@ -226,15 +270,28 @@ Tensor Transformer::next_token_logits(const Tensor& tokens, std::int64_t first_p
           size_.cache_positions);
   Pass pass;
   pass.queries = tokens.rows();
+  pass.tensor_ranks = machine_.sequence.ranks();
   pass.first_position = first_position;
   pass.stream = machine_.backend.main_stream();
-  forward(pass, tokens);
+  // Rows without a token are evaluated as token 0, and nobody reads them.
+  const Tensor padded = padded_tokens_.rows(0, pass.all_rows());
+  std::fill_n(padded.ptr<std::int32_t>(), pass.all_rows(), 0);
+  std::copy_n(tokens.ptr<std::int32_t>(), tokens.rows(), padded.ptr<std::int32_t>());
+  forward(pass, padded);
+  const Tensor own = h_.rows(0, pass.rows());
+  const Tensor h =
+      machine_.sequence.gather(own, SequenceParallel::kFirst, "LM head input", pass.stream).wait();
   const std::int64_t last = tokens.rows() - 1;
-  const Tensor logits = logits_.rows(0, 1);
-  machine_.backend.linear_forward(
-      {.x = h_.rows(last, last + 1), .weight = parameters_.weight(head_), .y = logits}, pass.stream);
+  // Each rank of the tensor group has the logits of its part of the vocabulary.
+  machine_.backend.zero(all_logits_, pass.stream);
+  const Tensor part = all_logits_.rows(vocabulary_part_.begin, vocabulary_part_.end);
+  machine_.backend.linear_forward({.x = h.rows(last, last + 1),
+                                   .weight = parameters_.weight(head_),
+                                   .y = part.reshape({1, vocabulary_part_.size()})},
+                                  pass.stream);
   machine_.backend.synchronize(pass.stream);
-  return logits.reshape({logits.elements()}).rows(0, model_.vocabulary());
+  machine_.groups.tensor->all_reduce(all_logits_, ReduceOp::Sum, "logits of all ranks").wait();
+  return all_logits_.rows(0, model_.vocabulary());
 }
 
 void Transformer::collect(const LossScale& scale, ModelStatistics* statistics) {

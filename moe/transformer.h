@@ -13,11 +13,13 @@
 #include "core/parameter_store.h"
 #include "core/row_exchange.h"
 #include "moe/block.h"
+#include "moe/declare.h"
 #include "moe/pass.h"
 
 namespace hybridmoe {
 
-// A rank's part of a micro-batch: `sequences` whole sequences of `length` tokens; n = sequences · length.
+// A tensor group's part of a micro-batch, the same on each of its ranks: `sequences` whole sequences of
+// `length` tokens; n = sequences · length, a multiple of the group's size.
 struct MicroBatch {
   Tensor tokens;     // [n] I32
   Tensor targets;    // [n] I32, -1: masked
@@ -33,9 +35,9 @@ struct ModelStatistics {
     double lse_squares = 0;      // Σ lse² over tokens
     double entropy = 0;          // Σ entropy over tokens (nats)
     double logit_max = 0;        // of this rank
-    std::int64_t dropped = 0;    // slots of this rank's tokens
+    std::int64_t dropped = 0;    // slots of this rank's tokens; of all, in a StepResult
   };
-  double cross_entropy = 0;  // Σ over this rank's unmasked targets (nats)
+  double cross_entropy = 0;  // Σ over the tensor group's unmasked targets (nats)
   double targets = 0;        // their number
   double lse = 0;            // Σ log-sum-exp of the LM head
   double balance_loss = 0;   // mean over micro-batches
@@ -47,7 +49,7 @@ struct ModelStatistics {
 class Transformer {
  public:
   struct Size {
-    std::int64_t sequences = 1;        // of a micro-batch on this rank
+    std::int64_t sequences = 1;        // of a micro-batch on this tensor group
     std::int64_t length = 1;           // tokens of a sequence
     bool training = true;              // plan gradients and what the backward pass reads
     std::int64_t cache_positions = 0;  // generation: length of the key/value cache; then sequences is 1
@@ -69,9 +71,13 @@ class Transformer {
                         const std::function<void(int)>& on_stage);
   // Cross-entropy alone, no gradient, no router statistics. token_loss [n] S, optional.
   void evaluate(const MicroBatch& batch, ModelStatistics* statistics, const Tensor& token_loss);
-  // Logits [Vp] S of the token behind `tokens` [q] I32, which take positions first_position .. of the cache.
-  // The view is valid until the next call. Only with cache_positions.
+  // Logits [vocabulary] S of the token behind `tokens` [q] I32, which take positions first_position .. of the
+  // cache. All ranks of the world pass the same tokens and get the same logits. The view is valid until the
+  // next call. Only with cache_positions.
   Tensor next_token_logits(const Tensor& tokens, std::int64_t first_position);
+
+  // Called in the forward pass of training before the weights of backward stage s (see on_stage) are read.
+  void set_before_stage(std::function<void(int)> before_stage) { before_stage_ = std::move(before_stage); }
 
   int layers() const { return static_cast<int>(blocks_.size()); }
   int backward_stages() const { return layers() + 2; }
@@ -81,6 +87,7 @@ class Transformer {
   double training_flops_per_token(std::int64_t length) const;
 
  private:
+  Pass pass_of(const MicroBatch& batch) const;
   void forward(const Pass& pass, const Tensor& tokens);
   void head_partial(const Pass& pass, const MicroBatch& batch, std::int64_t begin, std::int64_t end,
                     HeadFinish* finish);
@@ -92,16 +99,21 @@ class Transformer {
 
   const ModelConfig& model_;
   Machine machine_;
+  RowExchange* exchange_;
   ParameterStore& parameters_;
   Tensor rope_cos_, rope_sin_;  // (positions, dk/2)
   std::vector<std::unique_ptr<Block>> blocks_;
   ParameterStore::Id embedding_, final_norm_, head_;
+  Part vocabulary_part_;  // rows of embedding and head on this rank
+  std::function<void(int)> before_stage_;
   Size size_;
-  std::int64_t chunk_ = 1;                          // tokens of an LM head chunk
+  std::int64_t chunk_ = 1;  // tokens of an LM head chunk
+  // n own rows.
   std::vector<Tensor> x_;                           // (n, d): input of each layer, then the last output
   Tensor d_;                                        // (n, d): gradient of the residual stream
   Tensor h_, rstd_;                                 // (n, d), (n): final norm
-  Tensor logits_, dlogits_;                         // (chunk, Vp)
+  Tensor logits_, dlogits_;                         // (chunk, rows of the vocabulary on this rank)
+  Tensor padded_tokens_, all_logits_;               // (all rows), (Vp): generation
   Tensor max_, local_max_, sumexp_, target_logit_;  // (chunk)
   Tensor head_sums_;                                // [kHeadSums] F64
 };

@@ -21,15 +21,20 @@ void GradientSync::wait_gradients() {
 }
 
 void GradientSync::gather_weights() {
-  for (ParameterStore::Bucket& bucket : parameters_.buckets()) {
+  wait_weights();  // an earlier gathering, when no forward pass came between
+  auto& buckets = parameters_.buckets();
+  for (auto bucket = buckets.rbegin(); bucket != buckets.rend(); ++bucket) {
     weights_.push_back(
-        bucket.replicas->all_gather(bucket.owned_weight(), bucket.weight, "weight all-gather"));
+        {bucket->ready_stage,
+         bucket->replicas->all_gather(bucket->owned_weight(), bucket->weight, "weight all-gather")});
   }
 }
 
-void GradientSync::wait_weights() {
-  for (const Event& event : weights_) event.wait();
-  weights_.clear();
+void GradientSync::wait_weights(int stage) {
+  // A bucket holds what the forward pass needs at its last stage, at its first, or between.
+  std::size_t done = 0;
+  while (done < weights_.size() && weights_[done].last_stage >= stage) weights_[done++].event.wait();
+  weights_.erase(weights_.begin(), weights_.begin() + static_cast<std::ptrdiff_t>(done));
 }
 
 }  // namespace hybridmoe

@@ -23,14 +23,21 @@ class GradientSync {
   // undefined.
   void wait_gradients();
 
-  // After the owned weights were updated: starts gathering, and waits until all weights are there.
+  // After the owned weights were updated: starts gathering, what the next forward pass needs first first.
   void gather_weights();
-  void wait_weights();
+  // Waits until the weights of backward stage `stage` are there, and all that the forward pass needs before.
+  void wait_weights(int stage);
+  void wait_weights() { wait_weights(0); }  // all
 
  private:
+  struct Gathering {
+    int last_stage;
+    Event event;
+  };
   ParameterStore& parameters_;
   std::size_t started_ = 0;
-  std::vector<Event> gradients_, weights_;
+  std::vector<Event> gradients_;
+  std::vector<Gathering> weights_;  // by falling last_stage
 };
 
 }  // namespace hybridmoe

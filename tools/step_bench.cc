@@ -11,8 +11,8 @@
 
 #include "core/config/layers.h"
 #include "core/random.h"
-#include "core/row_exchange.h"
 #include "launcher/trainer.h"
+#include "parallel/row_exchange.h"
 
 namespace hybridmoe {
 namespace {
@@ -109,7 +109,7 @@ void bench_step(Backend& backend, const Groups& groups, double rank_limit, const
   const std::unique_ptr<Dataset> dataset = Dataset::open(config);
   const MoeConfig& moe = config.model().moe();
   const std::unique_ptr<RowExchange> exchange =
-      make_local_row_exchange(backend, *groups.world, moe.experts(), moe.top_k(), CapacityRule{});
+      make_row_exchange(backend, groups, moe.experts(), moe.top_k(), CapacityRule{}, ExchangeOptions{});
   Trainer trainer(config, *dataset, backend, groups, exchange.get());
   trainer.start();
   const Timing timing = time_steps(trainer, *groups.world, bench.seconds);

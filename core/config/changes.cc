@@ -13,8 +13,19 @@ using Field = google::protobuf::FieldDescriptor;
 
 // Fields, or whole messages.
 constexpr const char* kFree[] = {
-    "name",       "steps",     "optimizer", "schedule",        "checkpoint",
-    "evaluation", "telemetry", "data.skip", "model.recompute", "parallel.threads",
+    "name",
+    "steps",
+    "optimizer",
+    "schedule",
+    "checkpoint",
+    "evaluation",
+    "telemetry",
+    "data.skip",
+    "model.recompute",
+    "parallel.threads",
+    "parallel.exchange_overlap",
+    "parallel.expected_load",
+    "parallel.load_limit",
 };
 
 // One line of text format, without the field's name; "{...}" for messages.

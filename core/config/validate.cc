@@ -244,6 +244,9 @@ void check_parallel(const Config& config, int world_size, Rules* rules) {
   rules->at_least("parallel.expert_tensor", std::int64_t{parallel.expert_tensor()}, 1);
   rules->at_least("parallel.bucket_bytes", parallel.bucket_bytes(), 1024);
   rules->range("parallel.threads", parallel.threads(), 0, 4096);
+  rules->range("parallel.exchange_chunks", parallel.exchange_chunks(), 1, 64);
+  rules->at_least("parallel.expected_load", parallel.expected_load(), 0.0);
+  rules->at_least("parallel.load_limit", parallel.load_limit(), 0.0);
   if (!rules->sound({"parallel.tensor", "parallel.expert", "parallel.expert_tensor"})) return;
 
   const Layout layout = layout_of(parallel, world_size);

@@ -71,7 +71,7 @@ struct RankExchange {
     const Tensor weights(all.weights.data() + rank * n * k, DType::F64, {n, k});
     exchange->plan(topk, weights, &route, nullptr);
   }
-  std::int32_t slot_of(std::int64_t i) const { return route.token_slots.ptr<std::int32_t>()[i]; }
+  std::int32_t slot_of(std::int64_t i) const { return route.chunks[0].token_slots.ptr<std::int32_t>()[i]; }
 };
 
 void check_capacity(const Factor& factor, bool by_position) {
@@ -126,12 +126,14 @@ TEST(LocalRowExchange, RowsGoToTheirExpertsAndComeBackWeighted) {
     const std::int64_t n = 6, k = 2, d = 3, S = route.slots;
     EXPECT_EQ(S + route.dropped, n * k);
     EXPECT_EQ(route.dropped > 0, factor > 0);
-    const auto* offsets = route.offsets.ptr<std::int64_t>();
+    const auto* offsets = route.chunks[0].offsets.ptr<std::int64_t>();
     EXPECT_EQ(offsets[RankExchange::E], S);
     Vector x(n * d), slot_rows(S * d), slot_weights(S), residual(n * d, 10.0), y(n * d), returned(n * k);
     std::iota(x.begin(), x.end(), 1.0);
-    rank.exchange->dispatch(route, view(x, {n, d}), view(slot_rows, {S, d}), nullptr);
-    rank.exchange->dispatch_weights(route, view(slot_weights, {S}), nullptr);
+    rank.exchange->start_dispatch(route, 0, view(x, {n, d}), {}, nullptr);
+    rank.exchange->finish_dispatch(route, 0);
+    rank.exchange->gather(route, 0, view(x, {n, d}), {}, view(slot_rows, {S, d}), nullptr);
+    rank.exchange->gather_weights(route, 0, view(slot_weights, {S}), nullptr);
     Vector want = residual, plain(n * d, 0.0), back(n * k, 0.0);
     for (std::int64_t i = 0; i < n * k; ++i) {
       const std::int64_t slot = rank.slot_of(i), t = i / k;
@@ -146,12 +148,14 @@ TEST(LocalRowExchange, RowsGoToTheirExpertsAndComeBackWeighted) {
         plain[t * d + c] += x[t * d + c];
       }
     }
-    rank.exchange->combine(route, view(slot_rows, {S, d}), true, view(residual, {n, d}), view(y, {n, d}),
-                           nullptr);
+    rank.exchange->start_combine(route, 0, view(slot_rows, {S, d}), true, nullptr);
+    rank.exchange->finish_combine(route, view(residual, {n, d}), view(y, {n, d}), nullptr);
     EXPECT_EQ(y, want);
-    rank.exchange->combine(route, view(slot_rows, {S, d}), false, {}, view(y, {n, d}), nullptr);
+    rank.exchange->start_combine(route, 0, view(slot_rows, {S, d}), false, nullptr);
+    rank.exchange->finish_combine(route, {}, view(y, {n, d}), nullptr);
     EXPECT_EQ(y, plain);
-    rank.exchange->return_scalars(route, view(slot_weights, {S}), view(returned, {n, k}), nullptr);
+    rank.exchange->start_scalars(route, 0, view(slot_weights, {S}), nullptr);
+    rank.exchange->finish_scalars(route, view(returned, {n, k}), nullptr);
     EXPECT_EQ(returned, back);
   }
 }

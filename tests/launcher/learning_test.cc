@@ -29,14 +29,12 @@ TEST_P(Memory, OneBatchIsLearntByHeart) {
           "optimizer { learning_rate: 1e-2 weight_decay: 0 } schedule { shape: CONSTANT } precision: ",
           Precision_Name(GetParam())),
       corpus);
-  StepResult result;
-  for (int step = 0; step < 100; ++step) {
-    result = harness->step(false);
-    if (step == 0) {
-      EXPECT_GT(result.cross_entropy, 3) << "ln 29 = 3.4 for whom knows nothing";
-    }
-  }
-  EXPECT_LT(result.cross_entropy, 0.05);
+  EXPECT_GT(harness->step(false).cross_entropy, 3) << "ln 29 = 3.4 for whom knows nothing";
+  // The least loss: with this learning rate AdamW leaves the minimum now and then, at a step that rounding
+  // decides.
+  double least = HUGE_VAL;
+  for (int step = 0; step < 60; ++step) least = std::min(least, harness->step(false).cross_entropy);
+  EXPECT_LT(least, 0.01);
 }
 
 // Documents are random strings, each followed by itself. What comes next in the second half lies 12 tokens

@@ -13,6 +13,7 @@
 #include "core/data/token_writer.h"
 #include "core/random.h"
 #include "launcher/trainer.h"
+#include "parallel/row_exchange.h"
 #include "proto/data.pb.h"
 #include "tests/moe/model_harness.h"
 
@@ -81,9 +82,9 @@ class TrainerHarness {
     backend_ = backend_of(config_.precision());
     if (config_.model().has_moe()) {
       const MoeConfig& moe = config_.model().moe();
-      exchange_ = make_local_row_exchange(
-          *backend_, *groups_.world, moe.experts(), moe.top_k(),
-          {.factor = moe.capacity_factor(), .by_position = moe.drop() == BY_POSITION});
+      exchange_ =
+          make_row_exchange(*backend_, groups_, moe.experts(), moe.top_k(),
+                            {.factor = moe.capacity_factor(), .by_position = moe.drop() == BY_POSITION}, {});
     }
     trainer_ = std::make_unique<Trainer>(config_, *data_, *backend_, groups_, exchange_.get());
     trainer_->start();
@@ -104,6 +105,7 @@ class TrainerHarness {
     std::vector<ParameterState*> places;
     for (ParameterStore::Id id = 0; id < parameters.size(); ++id) {
       places.push_back(&result[parameters.spec(id).name]);
+      if (!places.back()->gradient.empty()) continue;  // another part of the same parameter
       const std::int64_t n = parameters.spec(id).global_shape.elements();
       *places.back() = {std::vector<double>(n), std::vector<double>(n), std::vector<double>(n),
                         std::vector<double>(n)};
@@ -122,8 +124,8 @@ class TrainerHarness {
         }
       }
     }
-    for (ParameterState* place : places) {
-      for (auto* values : {&place->gradient, &place->master, &place->m, &place->v}) {
+    for (auto& [name, place] : result) {
+      for (auto* values : {&place.gradient, &place.master, &place.m, &place.v}) {
         groups_.world
             ->all_reduce(Tensor(values->data(), DType::F64, {std::ssize(*values)}), ReduceOp::Sum,
                          "state of all ranks")
@@ -133,8 +135,9 @@ class TrainerHarness {
     return result;
   }
 
-  // The weights this rank computes with, by parameter.
+  // The weights this rank computes with, by parameter, where it holds all of them.
   std::map<std::string, std::vector<double>> weights() {
+    trainer_->wait_weights();
     std::map<std::string, std::vector<double>> result;
     for (ParameterStore::Id id = 0; id < trainer_->parameters().size(); ++id) {
       result[trainer_->parameters().spec(id).name] = values_of(trainer_->parameters().weight(id));
