@@ -102,7 +102,11 @@ TEST_F(TrainResume, TwoJobsInOneDirectory) {
 TEST_F(TrainResume, WhatMustStayTheSame) {
   expect_refused(base(), {"--resume", "--set", "model.d_model=64", "--set", "seed=2"},
                  {"model.d_model: 32 -> 64", "seed: 1 -> 2", "docs/configuration.md", "step-00000004"});
-  expect_refused(base(), {"--resume"}, {"was written by 2 ranks with parallel { tensor: 1 expert: 1 expert_tensor: 1 }, this job has 1 ranks", "mpirun -np 2"}, 1);
+  expect_refused(
+      base(), {"--resume"},
+      {"was written by 2 ranks with parallel { tensor: 1 expert: 1 expert_tensor: 1 }, this job has 1 ranks",
+       "mpirun -np 2"},
+      1);
 }
 
 TEST_F(TrainResume, DamagedCheckpointsAreNamedAndAnOlderOneContinues) {
