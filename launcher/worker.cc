@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <fstream>
 #include <glog/logging.h>
+#include <map>
 #include <memory>
 #include <optional>
 #include <thread>
@@ -91,6 +92,7 @@ class Worker {
   bool after_step(const StepResult& result);
   void save();
   void evaluate();
+  void report_loads(const StepResult& result);
   int finish();
   void event(EventRecord::Kind kind, const std::string& message,
              std::initializer_list<std::pair<const char*, double>> values = {});
@@ -116,6 +118,7 @@ class Worker {
   double memory_before_plan_ = 0;
   std::unique_ptr<Recorder> recorder_;  // on rank 0
   std::optional<ProgressLine> progress_;
+  std::map<int, std::int64_t> most_slots_;  // by layer: what this rank reported last
   std::int64_t last_saved_ = -1, last_evaluated_ = -1;
   double first_loss_ = 0, last_loss_ = 0;
   bool lost_something_ = false;
@@ -360,6 +363,19 @@ void Worker::evaluate() {
   event(EventRecord::EVALUATION, line, {{"loss", result.loss}, {"bits_per_byte", result.bits_per_byte}});
 }
 
+// A router that sends this rank more than the memory plan counts on: said once, and again whenever it
+// doubles.
+void Worker::report_loads(const StepResult& result) {
+  for (const auto& layer : result.model.moe) {
+    std::int64_t& reported = most_slots_[layer.layer];
+    if (layer.slots <= std::max(layer.expected_slots, 2 * reported)) continue;
+    reported = layer.slots;
+    LOG(INFO) << "step " << result.step << ", layer " << layer.layer << ": rank " << world_.rank()
+              << " was sent " << layer.slots << " slots, the memory plan counts on " << layer.expected_slots
+              << "; memory grows (parallel.expected_load, parallel.load_limit)";
+  }
+}
+
 // Returns whether training goes on.
 bool Worker::after_step(const StepResult& result) {
   progress_->add(result);
@@ -369,6 +385,7 @@ bool Worker::after_step(const StepResult& result) {
                              << ": a gradient was not finite, the update is skipped";
     event(EventRecord::SKIP, "gradient not finite");
   }
+  report_loads(result);
   if (first_loss_ == 0) first_loss_ = result.cross_entropy;
   last_loss_ = result.cross_entropy;
   const bool last = result.step >= config_.steps();

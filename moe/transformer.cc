@@ -325,6 +325,8 @@ void Transformer::collect(const LossScale& scale, ModelStatistics* statistics) {
     total.entropy += router.sums.ptr<double>()[kRouterEntropy];
     total.logit_max = std::max(total.logit_max, *router.logit_max.ptr<double>());
     total.dropped += router.dropped;
+    total.slots = std::max(total.slots, router.slots);
+    total.expected_slots = router.expected_slots;
     const double share = 1.0 / (scale.moe_layers * scale.micro_batches);
     statistics->balance_loss += share * moe.balance_loss() * moe.experts() / (n * k) * dot;
     statistics->z_loss += share * moe.z_loss() / (n * (moe.z_loss_over_top_k() ? k : 1)) * lse_squares;

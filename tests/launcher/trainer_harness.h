@@ -82,9 +82,11 @@ class TrainerHarness {
     backend_ = backend_of(config_.precision());
     if (config_.model().has_moe()) {
       const MoeConfig& moe = config_.model().moe();
+      const ParallelConfig& parallel = config_.parallel();
       exchange_ =
           make_row_exchange(*backend_, groups_, moe.experts(), moe.top_k(),
-                            {.factor = moe.capacity_factor(), .by_position = moe.drop() == BY_POSITION}, {});
+                            {.factor = moe.capacity_factor(), .by_position = moe.drop() == BY_POSITION},
+                            {.chunks = parallel.exchange_chunks(), .overlap = parallel.exchange_overlap()});
     }
     trainer_ = std::make_unique<Trainer>(config_, *data_, *backend_, groups_, exchange_.get());
     trainer_->start();
