@@ -128,7 +128,7 @@ class Worker {
 void Worker::load() {
   together(world_, "configuration", [&] {
     require(!options_.run_dir.empty(), "--run_dir is missing");
-    config_ = load_config(options_.config, options_.overrides);
+    config_ = load_config(options_.config, options_.overrides, world_.size());
     data_ = Dataset::open(config_);
     complete(&config_, data_->vocabulary());
     require_valid(config_, world_.size(), options_.config);
