@@ -4,7 +4,6 @@
 #include <cstdio>
 #include <fstream>
 #include <glog/logging.h>
-#include <map>
 #include <memory>
 #include <optional>
 #include <thread>
@@ -118,7 +117,7 @@ class Worker {
   double memory_before_plan_ = 0;
   std::unique_ptr<Recorder> recorder_;  // on rank 0
   std::optional<ProgressLine> progress_;
-  std::map<int, std::int64_t> most_slots_;  // by layer: what this rank reported last
+  std::int64_t most_slots_ = 0;  // of a layer on this rank, that were reported
   std::int64_t last_saved_ = -1, last_evaluated_ = -1;
   double first_loss_ = 0, last_loss_ = 0;
   bool lost_something_ = false;
@@ -363,17 +362,17 @@ void Worker::evaluate() {
   event(EventRecord::EVALUATION, line, {{"loss", result.loss}, {"bits_per_byte", result.bits_per_byte}});
 }
 
-// A router that sends this rank more than the memory plan counts on: said once, and again whenever it
-// doubles.
+// A router that sends this rank more than the memory plan counts on: said once, and again whenever it doubles.
 void Worker::report_loads(const StepResult& result) {
+  const ModelStatistics::MoeLayer* most = nullptr;
   for (const auto& layer : result.model.moe) {
-    std::int64_t& reported = most_slots_[layer.layer];
-    if (layer.slots <= std::max(layer.expected_slots, 2 * reported)) continue;
-    reported = layer.slots;
-    LOG(INFO) << "step " << result.step << ", layer " << layer.layer << ": rank " << world_.rank()
-              << " was sent " << layer.slots << " slots, the memory plan counts on " << layer.expected_slots
-              << "; memory grows (parallel.expected_load, parallel.load_limit)";
+    if (most == nullptr || layer.slots > most->slots) most = &layer;
   }
+  if (most == nullptr || most->slots <= std::max(most->expected_slots, 2 * most_slots_)) return;
+  most_slots_ = most->slots;
+  LOG(INFO) << "step " << result.step << ": layer " << most->layer << " sent rank " << world_.rank() << " "
+            << most->slots << " slots, the memory plan counts on " << most->expected_slots
+            << "; memory grows (parallel.expected_load, parallel.load_limit)";
 }
 
 // Returns whether training goes on.
