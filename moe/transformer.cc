@@ -96,7 +96,11 @@ void Transformer::forward(const Pass& pass, const Tensor& tokens) {
   const std::int64_t n = pass.rows();
   machine_.backend.embedding_forward(
       {.tokens = tokens, .weight = parameters_.weight(embedding_), .y = layer_input(0, n)}, pass.stream);
-  for (int l = 0; l < layers(); ++l) blocks_[l]->forward(pass, layer_input(l, n), layer_input(l + 1, n));
+  for (int l = 0; l < layers(); ++l) {
+    machine_.groups.mark_layer(l);
+    blocks_[l]->forward(pass, layer_input(l, n), layer_input(l + 1, n));
+  }
+  machine_.groups.mark_layer(-1);
   machine_.backend.residual_norm_forward({.x = layer_input(layers(), n),
                                           .gain = parameters_.weight(final_norm_),
                                           .eps = model_.norm_eps(),
@@ -188,6 +192,7 @@ void Transformer::forward_backward(const MicroBatch& batch, const LossScale& sca
   if (on_stage) on_stage(0);
   for (int l = layers() - 1; l >= 0; --l) {
     const Tensor x = layer_input(l, n);
+    machine_.groups.mark_layer(l);
     if (model_.recompute()) {
       Pass again = pass;
       again.recomputing = true;
@@ -195,6 +200,7 @@ void Transformer::forward_backward(const MicroBatch& batch, const LossScale& sca
       blocks_[l]->forward(again, x, h_.rows(0, n));
     }
     blocks_[l]->backward(pass, scale, x, d);
+    machine_.groups.mark_layer(-1);
     if (on_stage) on_stage(layers() - l);
   }
   be.embedding_backward({.tokens = batch.tokens, .dy = d, .dweight = parameters_.gradient(embedding_)},
