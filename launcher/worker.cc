@@ -67,15 +67,20 @@ int threads_per_rank(const Config& config, const Communicator& world) {
 
 class Worker {
  public:
-  Worker(const TrainOptions& options, const Groups& groups,
+  Worker(const TrainOptions& options, const Groups& groups, Watchdog& watchdog,
          const std::function<std::string()>& stop_requested)
-      : options_(options), groups_(groups), world_(*groups.world), stop_requested_(stop_requested) {}
+      : options_(options),
+        groups_(groups),
+        world_(*groups.world),
+        watchdog_(watchdog),
+        stop_requested_(stop_requested) {}
 
   int run();
 
  private:
   void load();
   std::string choose_precision();
+  void start_watchdog();
   void choose_backend();
   void open_run_directory();
   void check_resumable() const;
@@ -96,6 +101,7 @@ class Worker {
   const TrainOptions& options_;
   Groups groups_;
   Communicator& world_;
+  Watchdog& watchdog_;
   std::function<std::string()> stop_requested_;
   Config config_;
   std::unique_ptr<Dataset> data_;
@@ -161,6 +167,13 @@ void Worker::check_resumable() const {
   require(layout.world() == world_.size(), "--resume: ", resume_from_->path, " was written by ",
           layout.world(), " ranks, this job has ", world_.size(), "; start it with mpirun -np ",
           layout.world(), " (this version cannot change the layout of a checkpoint)");
+}
+
+void Worker::start_watchdog() {
+  const std::string problem = watchdog_.start(
+      world_, {.seconds = config_.parallel().watchdog_seconds(), .run_dir = options_.run_dir});
+  LOG_IF(WARNING, !problem.empty()) << "nobody will report which rank is stuck or dead, and why: " << problem
+                                    << "; training goes on";
 }
 
 // The compute type of all ranks, and why it is this one.
@@ -308,6 +321,7 @@ void Worker::event(EventRecord::Kind kind, const std::string& message,
 }
 
 void Worker::save() {
+  groups_.mark_phase("saving");
   const std::int64_t step = trainer_->progress().step;
   const SaveResult result = save_checkpoint(options_.run_dir, manifest_, world_, *trainer_);
   if (result.saved) {
@@ -324,6 +338,7 @@ void Worker::save() {
 }
 
 void Worker::evaluate() {
+  groups_.mark_phase("evaluation");
   const Evaluation result = trainer_->evaluate();
   last_evaluated_ = result.step;
   char text[200];
@@ -426,6 +441,7 @@ int Worker::finish() {
 int Worker::run() {
   load();
   open_run_directory();
+  start_watchdog();
   choose_backend();
   build_trainer();
   measure_limit();
@@ -443,9 +459,9 @@ int Worker::run() {
 
 }  // namespace
 
-int run_worker(const TrainOptions& options, const Groups& groups,
+int run_worker(const TrainOptions& options, const Groups& groups, Watchdog& watchdog,
                const std::function<std::string()>& stop_requested) {
-  return Worker(options, groups, stop_requested).run();
+  return Worker(options, groups, watchdog, stop_requested).run();
 }
 
 }  // namespace hybridmoe

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/groups.h"
+#include "parallel/watchdog/watchdog.h"
 
 namespace hybridmoe {
 
@@ -24,8 +25,9 @@ struct TrainOptions {
 // Trains until the configured number of steps is done or `stop_requested` says so on any rank; then saves and
 // returns. Collective over groups.world. Returns the exit status: 0, or 1 when something was lost on the way
 // (a checkpoint that could not be saved, log records). Throws the same Error on every rank for everything a
-// user can get wrong. stop_requested returns a signal's name, empty for "go on".
-int run_worker(const TrainOptions& options, const Groups& groups,
+// user can get wrong. stop_requested returns a signal's name, empty for "go on". The watchdog is started as
+// soon as the configuration is known.
+int run_worker(const TrainOptions& options, const Groups& groups, Watchdog& watchdog,
                const std::function<std::string()>& stop_requested);
 
 }  // namespace hybridmoe

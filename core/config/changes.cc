@@ -13,8 +13,9 @@ using Field = google::protobuf::FieldDescriptor;
 
 // Fields, or whole messages.
 constexpr const char* kFree[] = {
-    "name",       "steps",     "optimizer", "schedule",        "checkpoint",
-    "evaluation", "telemetry", "data.skip", "model.recompute", "parallel.threads",
+    "name",       "steps",     "optimizer",       "schedule",         "checkpoint",
+    "evaluation", "telemetry", "model.recompute", "parallel.threads", "parallel.watchdog_seconds",
+    "data.skip",
 };
 
 // One line of text format, without the field's name; "{...}" for messages.

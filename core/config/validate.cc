@@ -185,6 +185,12 @@ void check_parallel(const Config& config, int world_size, Rules* rules) {
   one("expert_tensor", parallel.expert_tensor());
   rules->at_least("parallel.bucket_bytes", parallel.bucket_bytes(), 1024);
   rules->range("parallel.threads", parallel.threads(), 0, 4096);
+  const double wait = parallel.watchdog_seconds();
+  rules->check(wait == 0 || (wait >= 1 && wait <= 1e6), "parallel.watchdog_seconds", number(wait),
+               "must be from 1 to 1e6 seconds, or 0 for no watchdog",
+               wait > 1e6 ? "nearest: 1e6"
+               : wait < 0 ? "nearest: 0"
+                          : "nearest: 1");
   if (world_size == 0) return;
 
   if (!rules->sound({"batch.sequences", "batch.micro_batch_sequences", "parallel.tensor"})) return;
