@@ -24,7 +24,8 @@ constexpr std::size_t kHelloBytes = std::size_t{1} << 20;
 constexpr double kStartSeconds = 60;  // for the first rank to come
 // Open MPI ends a job by itself within two seconds of a death; that keeps mpirun's exit status and message.
 constexpr double kOpenMpiSeconds = 5;
-constexpr double kEndSeconds = 5;  // for a rank to end when it is told to
+constexpr double kAnswerSeconds = 0.2;  // for ranks to tell their latest states
+constexpr double kEndSeconds = 5;       // for a rank to end when it is told to
 
 double system_seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -82,7 +83,7 @@ std::string write_report_file(const std::string& run_dir, const std::string& tex
 double heartbeat_for(double seconds) { return std::clamp(seconds / 12, 0.05, 0.25); }
 
 Limits limits_for(double seconds) {
-  return {.wait = seconds, .silence = std::min(seconds, std::max(1.0, 4 * heartbeat_for(seconds)))};
+  return {.wait = seconds, .silence = std::min(seconds / 2, std::max(1.0, 4 * heartbeat_for(seconds)))};
 }
 
 Collector::Collector(const CollectorOptions& options)
@@ -136,7 +137,7 @@ void Collector::wait_for_messages() {
     const bool unsent = !peer.channel.all_sent();
     ready.push_back({peer.channel.descriptor(), static_cast<short>(POLLIN | (unsent ? POLLOUT : 0)), 0});
   }
-  ::poll(ready.data(), ready.size(), 50);
+  ::poll(ready.data(), ready.size(), 100);
 }
 
 void Collector::accept() {
@@ -247,18 +248,30 @@ void Collector::tell_all(const CollectorMessage& message) {
   }
 }
 
+// A job that is suspended as a whole is no failure. While it is, silence does not grow: once it goes on,
+// every rank has time to speak.
+void Collector::allow_for_suspension() {
+  if (!suspended(job_, limits_)) return;
+  for (RankInfo& rank : job_.ranks) rank.heard = std::max(rank.heard, job_.now - limits_.silence);
+}
+
 void Collector::look_for_failure() {
+  allow_for_suspension();
+  const auto verdict = judge(job_, limits_);
   const bool sign = std::any_of(job_.ranks.begin(), job_.ranks.end(), [](const RankInfo& rank) {
     return rank.link == Link::Lost || rank.told > 0;
   });
-  if (sign && !asked_) {
-    // Survivors live for another second: what they say now is what the report needs.
+  if (!verdict && !sign) {
+    asked_at_ = 0;
+  } else if (asked_at_ == 0) {
+    // What the ranks say now is what the report needs; after a death the survivors live for another second.
     CollectorMessage ask;
     ask.set_ask(true);
     tell_all(ask);
+    asked_at_ = job_.now;
+  } else if (verdict && job_.now - asked_at_ >= kAnswerSeconds) {
+    write_report(*verdict);
   }
-  asked_ = sign;
-  if (const auto verdict = judge(job_, limits_)) write_report(*verdict);
 }
 
 void Collector::write_report(const Verdict& verdict) {

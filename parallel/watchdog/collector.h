@@ -53,6 +53,7 @@ class Collector {
   void drop_closed();
   void tell_all(const CollectorMessage& message);
 
+  void allow_for_suspension();
   void look_for_failure();
   void write_report(const Verdict& verdict);
   void end_ranks();
@@ -66,7 +67,7 @@ class Collector {
   Job job_;
   double last_time_ = 0;  // of the system's clock
   bool anybody_came_ = false;
-  bool asked_ = false;  // for states after the first sign of a failure
+  double asked_at_ = 0;  // for the latest states, after the first sign of a failure; 0: not
   bool reported_ = false;
   double end_at_ = 0, kill_at_ = 0;  // what is still to be done after the report; 0: done
 };

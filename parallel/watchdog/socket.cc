@@ -127,6 +127,8 @@ std::vector<std::string> local_addresses() {
   return far;
 }
 
+bool is_loopback(const std::string& address) { return address == "::1" || address.rfind("127.", 0) == 0; }
+
 std::string host_name() {
   char name[256] = {};
   ::gethostname(name, sizeof name - 1);

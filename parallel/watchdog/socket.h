@@ -34,6 +34,7 @@ Socket connect_to(const std::string& address, int port, double seconds);
 
 // Numeric addresses under which other hosts may reach this one, loopback ones last.
 std::vector<std::string> local_addresses();
+bool is_loopback(const std::string& address);
 std::string host_name();
 
 }  // namespace hybridmoe::watchdog

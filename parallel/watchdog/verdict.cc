@@ -153,6 +153,13 @@ bool silent(const Job& job, const Limits& limits, int rank) {
   return info.link == Link::Alive && job.now - info.heard >= limits.silence;
 }
 
+bool suspended(const Job& job, const Limits& limits) {
+  for (int rank = 0; rank < std::ssize(job.ranks); ++rank) {
+    if (job.ranks[rank].link != Link::Awaited && !silent(job, limits, rank)) return false;
+  }
+  return true;
+}
+
 std::optional<std::string> label_at(const Job& job, int rank, int group, std::int64_t number) {
   const GroupProgress* progress = progress_in(job.ranks[rank], group);
   if (progress == nullptr) return std::nullopt;
@@ -177,10 +184,7 @@ std::optional<Blocked> blocked_collective(const Job& job, const Limits& limits) 
 std::optional<Verdict> judge(const Job& job, const Limits& limits) {
   if (auto failure = judge_failure(job, limits)) return failure;
   const auto alive = ranks_where(job, [](const RankInfo& rank) { return rank.link == Link::Alive; });
-  if (alive.empty()) return std::nullopt;
-  const auto is_silent = [&](int rank) { return silent(job, limits, rank); };
-  if (std::all_of(alive.begin(), alive.end(), is_silent)) return std::nullopt;
-
+  if (alive.empty() || suspended(job, limits)) return std::nullopt;
   double silence = 0, wait = 0, ended = 0;
   for (const RankInfo& rank : job.ranks) {
     if (rank.link == Link::Alive) silence = std::max(silence, job.now - rank.heard);
@@ -191,7 +195,8 @@ std::optional<Verdict> judge(const Job& job, const Limits& limits) {
   verdict.collective = blocked_collective(job, limits);
   if (silence >= limits.wait) {
     verdict.cause = Cause::Silent;
-    std::copy_if(alive.begin(), alive.end(), std::back_inserter(verdict.ranks), is_silent);
+    std::copy_if(alive.begin(), alive.end(), std::back_inserter(verdict.ranks),
+                 [&](int rank) { return silent(job, limits, rank); });
     return verdict;
   }
   if (wait >= limits.wait && verdict.collective) return judge_wait(job, limits, *verdict.collective);

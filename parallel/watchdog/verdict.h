@@ -82,9 +82,11 @@ struct Verdict {
   std::string detail;
 };
 
-// Nothing while the job is well, or when the time for a verdict has not come. When every rank is silent, the
-// whole job has been suspended: that is no failure.
+// Nothing while the job is well, or when the time for a verdict has not come.
 std::optional<Verdict> judge(const Job& job, const Limits& limits);
+
+// Every rank is silent: the whole job has been suspended, which is no failure.
+bool suspended(const Job& job, const Limits& limits);
 
 // The collective that a report should name, when any rank waits in one: where ranks are missing that wait
 // nowhere else, and if possible nobody but those; of several the one with the longest wait.

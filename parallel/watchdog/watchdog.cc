@@ -31,6 +31,18 @@ double since(Clock::time_point moment) {
   return std::chrono::duration<double>(Clock::now() - moment).count();
 }
 
+// Where this rank may find the collector. Its loopback addresses are another host's own, unless hosts are
+// only names on one machine without a network.
+void keep_reachable(CollectorOffer* offer, bool same_host) {
+  const CollectorOffer all = *offer;
+  const auto stays = [&](const std::string& address) { return same_host || !is_loopback(address); };
+  if (std::none_of(all.address().begin(), all.address().end(), stays)) return;
+  offer->clear_address();
+  for (const std::string& address : all.address()) {
+    if (stays(address)) offer->add_address(address);
+  }
+}
+
 // A connection to the collector that has answered. Throws Error with every address that was tried.
 Channel connect_to_collector(const CollectorOffer& offer, const RankMessage& hello) {
   std::string tried;
@@ -317,6 +329,7 @@ std::string Watchdog::start(Communicator& world, const WatchdogOptions& options)
   }
   const std::vector<std::string> offers = world.gather_strings(offer.SerializeAsString(), "watchdog: offer");
   require(offer.ParseFromString(offers[0]), "rank 0's offer of a collector is damaged");
+  keep_reachable(&offer, hosts[world.rank()] == hosts[0]);
   agent_ = std::make_unique<Agent>(activity_, world.rank(), world.size(), options.seconds, offer);
   std::string problem = offer.has_error() ? std::string() : agent_->connect();
   std::string all = offer.error();

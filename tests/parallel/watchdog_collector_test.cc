@@ -219,6 +219,24 @@ TEST(WatchdogCollector, AWaitBeyondTheLimitEndsEveryRankAtOnce) {
             std::string::npos);
 }
 
+// The ranks do not come back in the same moment.
+TEST(WatchdogCollector, AJobThatIsSuspendedAndGoesOnIsLeftAlone) {
+  RunningCollector collector(2);
+  FakeRank zero(collector.offer(), 0), one(collector.offer(), 1);
+  EXPECT_TRUE(zero.welcomed(collector.offer()));
+  EXPECT_TRUE(one.welcomed(collector.offer()));
+  sleep_for(2.5 * kSeconds);
+  zero.speak();
+  sleep_for(0.3);
+  one.speak();
+  zero.speak();
+  sleep_for(0.3);
+  zero.say_goodbye();
+  one.say_goodbye();
+  EXPECT_TRUE(collector.ends(true));
+  EXPECT_EQ(collector.printed(), "");
+}
+
 TEST(WatchdogCollector, ARankThatDoesNotEndIsNamed) {
   RunningCollector collector(2);
   FakeRank zero(collector.offer(), 0), one(collector.offer(), 1);
@@ -281,7 +299,7 @@ TEST(LocalAddresses, LoopbackComesLast) {
   ASSERT_FALSE(addresses.empty());
   bool loopback = false;
   for (const std::string& address : addresses) {
-    const bool is = address == "::1" || address.rfind("127.", 0) == 0;
+    const bool is = is_loopback(address);
     EXPECT_TRUE(is || !loopback) << address;
     loopback = loopback || is;
   }

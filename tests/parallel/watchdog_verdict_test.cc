@@ -163,6 +163,9 @@ TEST(WatchdogVerdict, SilenceOfOneRankIsAFailureOfAllASuspension) {
   EXPECT_CONTAINS(text_on(job), "did not arrive: 1\n");
   job.ranks[0].heard = kNow - 10;
   EXPECT_FALSE(judge(job, kLimits));
+  job.ranks[0].link = Link::Ended;  // so the other is not suspended but stuck
+  EXPECT_EQ(verdict_on(job).cause, Cause::Silent);
+  EXPECT_EQ(verdict_on(job).ranks, Ranks{1});
 }
 
 // The last thing heard of the stopped rank was that it waited in an earlier collective.

@@ -149,7 +149,7 @@ TEST_F(WatchdogOfJob, ARankThatDoesNotComeIsNamed) {
 
 // One rank works for longer than a second while the other waits, which is within the limit.
 TEST_F(WatchdogOfJob, AnOrderlyEndLeavesNothing) {
-  auto job = start(endless({"--set", "steps=10"}), 2,
+  auto job = start(endless({"--set", "steps=10", "--set", "parallel.watchdog_seconds=10"}), 2,
                    {{"LD_PRELOAD", SLOW_SYNC},
                     {"SLOW_SYNC_PATH", shard_name(1)},
                     {"SLOW_SYNC_SECONDS", "2"},
