@@ -26,7 +26,8 @@ TEST(WatchedGroups, NamesAndMembersOfTheGroupsThatHaveSeveralRanks) {
   const Groups groups = watched.groups();
   EXPECT_EQ(groups.activity, &activity);
   EXPECT_EQ(groups.tensor, plain.tensor);  // one rank
-  EXPECT_EQ(groups.data, groups.world);    // the same ranks, the same communicator
+  // The same ranks, the same communicator.
+  EXPECT_EQ(groups.data == groups.world, plain.data == plain.world);
   EXPECT_EQ(groups.world != plain.world, size > 1);
   const int rank = plain.world->rank();
   ASSERT_EQ(activity.groups().size(), size == 1 ? 0 : size == 2 ? 1 : 3);
