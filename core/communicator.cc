@@ -18,6 +18,10 @@ void Communicator::agree(const std::string& error, const char* label) {
   throw SharedError(all);
 }
 
+void Communicator::add_background(const std::weak_ptr<Background>&) {
+  throw Error("this kind of communicator does not advance work in the background");
+}
+
 namespace {
 
 class LocalCommunicator : public Communicator {

@@ -44,6 +44,14 @@ class Event {
   std::shared_ptr<State> state_;
 };
 
+// Work of this process that must go on while it waits for something else, because other ranks wait for it: a
+// receive to be posted, rows to be passed on.
+class Background {
+ public:
+  virtual ~Background() = default;
+  virtual void advance() = 0;  // never blocks; whoever waits for the work gets its failures
+};
+
 class Communicator {
  public:
   virtual ~Communicator() = default;
@@ -69,6 +77,10 @@ class Communicator {
   virtual void barrier(const char* label) = 0;
   // Lets nonblocking operations advance; cheap. CPU operators call it between tiles.
   virtual void progress() {}
+  // From now on, for as long as somebody else keeps it alive, `work` advances in progress() and while this
+  // process waits on this communicator or on others of the same world. Throws Error where there is none that
+  // could.
+  virtual void add_background(const std::weak_ptr<Background>& work);
 
   // Makes all ranks fail together: every rank passes its own error text (empty: fine). When any rank's is not
   // empty, every rank throws SharedError with all of them ("rank 3: ..."). Blocking. Use it after every step

@@ -38,6 +38,7 @@ class ForwardingCommunicator : public Communicator {
   }
   void barrier(const char* label) override { inner_->barrier(label); }
   void progress() override { inner_->progress(); }
+  void add_background(const std::weak_ptr<Background>& work) override { inner_->add_background(work); }
   std::vector<std::string> gather_strings(const std::string& mine, const char* label) override {
     return inner_->gather_strings(mine, label);
   }

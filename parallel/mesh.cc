@@ -58,7 +58,8 @@ bool same_groups(const Mesh& mesh, Group a, Group b) {
   return true;
 }
 
-MeshCommunicators::MeshCommunicators(const Mesh& mesh, Communicator& world, const MakeCommunicator& make) {
+MeshCommunicators::MeshCommunicators(const Mesh& mesh, Communicator& world, const MakeCommunicator& make,
+                                     const std::vector<int>& host_of_rank) {
   require(world.size() == mesh.layout().world, "a mesh for ", mesh.layout().world,
           " ranks, but the world has ", world.size());
   groups_.world = &world;
@@ -70,6 +71,33 @@ MeshCommunicators::MeshCommunicators(const Mesh& mesh, Communicator& world, cons
   groups_.expert = find_or_make(mesh, Group::Expert, make);
   groups_.expert_data = find_or_make(mesh, Group::ExpertData, make);
   groups_.key_value = find_or_make(mesh, Group::KeyValue, make);
+  if (!host_of_rank.empty()) make_relays(mesh, host_of_rank, make);
+}
+
+// Every rank makes all three, also where its own expert group lies on one host, or its host has one rank of
+// the group: making is collective over the world.
+void MeshCommunicators::make_relays(const Mesh& mesh, const std::vector<int>& host_of_rank,
+                                    const MakeCommunicator& make) {
+  require(std::ssize(host_of_rank) == mesh.layout().world, "hosts for ", host_of_rank.size(), " of ",
+          mesh.layout().world, " ranks");
+  bool several = false;
+  for (int rank = 0; rank < mesh.layout().world; ++rank) {
+    const int first = mesh.members(Group::Expert, rank).front();
+    several = several || host_of_rank[rank] != host_of_rank[first];
+  }
+  if (!several) return;
+  const int rank = groups_.world->rank();
+  const std::vector<int> all = mesh.members(Group::Expert, rank);
+  std::vector<int> here;
+  for (const int other : all) {
+    relays_.host_of.push_back(host_of_rank[other]);
+    if (host_of_rank[other] == host_of_rank[rank]) here.push_back(other);
+  }
+  for (Communicator** place : {&relays_.gather, &relays_.cross, &relays_.scatter}) {
+    owned_.push_back(make(Group::Expert, place == &relays_.cross ? all : here));
+    *place = owned_.back().get();
+  }
+  groups_.relays = &relays_;
 }
 
 // Groups of a kind have the same size everywhere and the mesh alone decides, so every rank takes the same

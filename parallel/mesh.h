@@ -51,26 +51,32 @@ class Mesh {
 // Whether the two kinds divide the world into the same groups.
 bool same_groups(const Mesh& mesh, Group a, Group b);
 
-// Makes the communicator of the calling rank's group of this kind, whose members are these ranks of the world
-// in ascending order, the caller among them. Collective: every rank of the world calls it for the same kinds
-// in the same order, each with its own members.
+// Makes the communicator of the calling rank's group of this kind, or of a part of it, whose members are
+// these ranks of the world in ascending order, the caller among them. Collective: every rank of the world
+// calls it for the same kinds in the same order, each with its own members.
 using MakeCommunicator =
     std::function<std::unique_ptr<Communicator>(Group group, const std::vector<int>& members)>;
 
 // The communicators of this rank's groups, which `groups()` lends out. Construction is collective over
 // `world`, which outlives this and whose rank numbers are the mesh's. Groups that are the world share its
-// communicator, groups of one rank are local, and kinds that coincide share one communicator. Throws Error
-// when the mesh is for another number of ranks.
+// communicator, groups of one rank are local, and kinds that coincide share one communicator. `host_of_rank`
+// (empty: one host) makes the relays where an expert group of any rank spans several hosts. Throws Error when
+// the mesh is for another number of ranks.
 class MeshCommunicators {
  public:
-  MeshCommunicators(const Mesh& mesh, Communicator& world, const MakeCommunicator& make);
+  MeshCommunicators(const Mesh& mesh, Communicator& world, const MakeCommunicator& make,
+                    const std::vector<int>& host_of_rank = {});
+  MeshCommunicators(const MeshCommunicators&) = delete;
+  MeshCommunicators& operator=(const MeshCommunicators&) = delete;
   Groups groups() const { return groups_; }
 
  private:
   Communicator* find_or_make(const Mesh& mesh, Group group, const MakeCommunicator& make);
+  void make_relays(const Mesh& mesh, const std::vector<int>& host_of_rank, const MakeCommunicator& make);
 
   std::vector<std::unique_ptr<Communicator>> owned_;
   std::vector<std::pair<Group, Communicator*>> made_;
+  HostRelays relays_;
   Groups groups_;
 };
 

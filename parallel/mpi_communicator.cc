@@ -38,6 +38,7 @@ class MpiCommunicator : public Communicator {
                         const std::vector<std::int64_t>& recv_rows, const char* label) override;
   void barrier(const char* label) override;
   void progress() override;
+  void add_background(const std::weak_ptr<Background>& work) override { progress_->add(work); }
   std::vector<std::string> gather_strings(const std::string& mine, const char* label) override;
 
  private:

@@ -17,8 +17,7 @@
 
 namespace hybridmoe {
 
-class ReduceScatterQueue : public MpiProgress::Queue,
-                           public std::enable_shared_from_this<ReduceScatterQueue> {
+class ReduceScatterQueue : public Background, public std::enable_shared_from_this<ReduceScatterQueue> {
  public:
   ReduceScatterQueue(MPI_Comm comm, int rank, int size, std::int64_t scratch_bytes,
                      std::shared_ptr<MpiProgress> progress);

@@ -4,11 +4,26 @@
 #include <cmath>
 #include <numeric>
 
+#include "parallel/relay_transport.h"
+#include "parallel/row_transport.h"
 #include "parallel/sent_rows.h"
 
 namespace hybridmoe {
 
 namespace {
+
+// The hosts' own rows, those that a relay gathers, the messages between hosts, what a relay scatters.
+constexpr RowLabels kChoices{"route choices", "route choices within the host", "route choices to a relay",
+                             "route choices between hosts", "route choices from a relay"};
+constexpr RowLabels kWeights{"route weights", "route weights within the host", "route weights to a relay",
+                             "route weights between hosts", "route weights from a relay"};
+constexpr RowLabels kDispatch{"dispatch rows", "dispatch rows within the host", "dispatch rows to a relay",
+                              "dispatch rows between hosts", "dispatch rows from a relay"};
+constexpr RowLabels kCombine{"combine rows", "combine rows within the host", "combine rows to a relay",
+                             "combine rows between hosts", "combine rows from a relay"};
+constexpr RowLabels kScalars{"weight gradients", "weight gradients within the host",
+                             "weight gradients to a relay", "weight gradients between hosts",
+                             "weight gradients from a relay"};
 
 class AllToAllRowExchange : public RowExchange {
  public:
@@ -25,6 +40,9 @@ class AllToAllRowExchange : public RowExchange {
                .chunks = std::max(1, options.chunks)},
         options_(options),
         limiter_(backend, world_, experts, top_k, capacity),
+        transport_(options.hierarchical && groups.relays != nullptr
+                       ? make_relay_transport(group_, *groups.relays)
+                       : make_flat_transport(group_)),
         dispatches_(1 + place_.chunks),
         combines_(1 + place_.chunks),
         scalars_(1 + place_.chunks) {}
@@ -64,6 +82,7 @@ class AllToAllRowExchange : public RowExchange {
   struct Details : Route::Details {
     std::string name;
     SentRows sent;
+    RowCounts counts;
     Tensor topk, weights, token_slots, slot_source, offsets;  // of the received rows, chunk after chunk
   };
   static Details& of(const Route& route) { return static_cast<Details&>(*route.details); }
@@ -79,8 +98,11 @@ class AllToAllRowExchange : public RowExchange {
     if (options_.load_limit > 0) possible = std::min(possible, loads(options_.load_limit, balanced(n)));
     return possible;
   }
-  void start(Event* event, const Event& started) {
-    *event = started;
+  // Rows of a chunk to their experts, or back from there.
+  RowMovement to_experts(const Route& route, int chunk, const Tensor& send, const Tensor& recv) const;
+  RowMovement from_experts(const Route& route, int chunk, const Tensor& send, const Tensor& recv) const;
+  void start(Event* event, const RowMovement& movement) {
+    *event = transport_->move(movement);
     if (!options_.overlap) event->wait();
   }
   static void finish(Event* event) {
@@ -98,6 +120,7 @@ class AllToAllRowExchange : public RowExchange {
   ExchangePlace place_;
   ExchangeOptions options_;
   CapacityLimiter limiter_;
+  std::unique_ptr<RowTransport> transport_;
   Tensor outbox_;                          // (n + sent, d): own tokens' rows, then those sent
   Tensor inbox_;                           // (received, d)
   Tensor out_scalars_, in_scalars_;        // (n + sent, k), (received, k) S
@@ -140,6 +163,9 @@ void AllToAllRowExchange::declare_shared(MemoryPlan& memory, std::int64_t n, std
   memory.add(&sent_weights_, "exchange weights sent", {sent, k}, S, "exchange");
   memory.add_rows(&arrived_topk_, "exchange choices arrived", {rows, k}, expected, DType::I32, "exchange");
   memory.add_rows(&arrived_weights_, "exchange weights arrived", {rows, k}, expected, S, "exchange");
+  transport_->declare_shared(
+      memory, place_,
+      {.n = n, .d = d, .compute = C, .statistics = S, .expected_load = options_.expected_load});
 }
 
 void AllToAllRowExchange::require_room(const Details& details, const char* what, std::int64_t come,
@@ -168,23 +194,48 @@ void AllToAllRowExchange::plan(const Tensor& topk, const Tensor& weights, Route*
 // Tells every rank how many rows it gets from here in each chunk, then each row's experts and weights.
 void AllToAllRowExchange::exchange_routes(Details& details, Route* route) {
   SentRows& sent = details.sent;
-  const std::int64_t ranks = place_.ranks, chunks = place_.chunks;
-  std::vector<std::int64_t> out = sent.counts_by_rank(), in(ranks * chunks);
-  const std::vector<std::int64_t> one_each(ranks, 1);
-  group_
-      .all_to_all_rows(Tensor(out.data(), DType::I64, {ranks, chunks}), one_each,
-                       Tensor(in.data(), DType::I64, {ranks, chunks}), one_each, "route counts")
-      .wait();
-  sent.set_received(place_, in);
+  details.counts = transport_->exchange_counts(sent.counts_by_rank());
+  sent.set_received(place_, details.counts.received);
   route->rows = sent.received();
   require_room(details, "rows", route->rows, max_rows(route->tokens));
-  const Tensor topk = sent_topk_.rows(0, sent.sent()), weights = sent_weights_.rows(0, sent.sent());
-  const Tensor arrived_topk = arrived_topk_.rows(0, route->rows);
-  const Tensor arrived_weights = arrived_weights_.rows(0, route->rows);
-  const auto to = sent.rows_to_ranks(), from = sent.rows_from_ranks();
-  const Event choices = group_.all_to_all_rows(topk, to, arrived_topk, from, "route choices");
-  group_.all_to_all_rows(weights, to, arrived_weights, from, "route weights").wait();
+  RowMovement beside{
+      .counts = &details.counts, .send_rows = sent.rows_to_ranks(), .recv_rows = sent.rows_from_ranks()};
+  beside.lane = RowLane::Choices;
+  beside.send = sent_topk_.rows(0, sent.sent());
+  beside.recv = arrived_topk_.rows(0, route->rows);
+  beside.labels = &kChoices;
+  const Event choices = transport_->move(beside);
+  beside.lane = RowLane::Scalars;
+  beside.send = sent_weights_.rows(0, sent.sent());
+  beside.recv = arrived_weights_.rows(0, route->rows);
+  beside.labels = &kWeights;
+  transport_->move(beside).wait();
   choices.wait();
+}
+
+RowMovement AllToAllRowExchange::to_experts(const Route& route, int chunk, const Tensor& send,
+                                            const Tensor& recv) const {
+  const Details& details = of(route);
+  return {.chunk = chunk,
+          .counts = &details.counts,
+          .send = send,
+          .recv = recv,
+          .send_rows = details.sent.send_rows(chunk),
+          .recv_rows = details.sent.recv_rows(chunk),
+          .labels = &kDispatch};
+}
+
+RowMovement AllToAllRowExchange::from_experts(const Route& route, int chunk, const Tensor& send,
+                                              const Tensor& recv) const {
+  const Details& details = of(route);
+  return {.chunk = chunk,
+          .back = true,
+          .counts = &details.counts,
+          .send = send,
+          .recv = recv,
+          .send_rows = details.sent.recv_rows(chunk),
+          .recv_rows = details.sent.send_rows(chunk),
+          .labels = &kCombine};
 }
 
 void AllToAllRowExchange::sort_own(const Tensor& kept, Details& details, Route* route, Stream* stream) {
@@ -250,10 +301,8 @@ void AllToAllRowExchange::start_dispatch(const Route& route, int chunk, const Te
   const Tensor out = outbox_.rows(route.tokens + begin, route.tokens + end);
   backend_.gather_rows({rows, sent.tokens().rows(begin, end), 1, out}, stream);
   backend_.synchronize(stream);
-  start(&dispatches_[chunk],
-        group_.all_to_all_rows(out, sent.send_rows(chunk),
-                               received.rows(sent.recv_begin(chunk), sent.recv_begin(chunk + 1)),
-                               sent.recv_rows(chunk), "dispatch rows"));
+  const Tensor in = received.rows(sent.recv_begin(chunk), sent.recv_begin(chunk + 1));
+  start(&dispatches_[chunk], to_experts(route, chunk, out, in));
 }
 
 void AllToAllRowExchange::gather(const Route& route, int chunk, const Tensor& rows, const Tensor& received,
@@ -284,10 +333,8 @@ void AllToAllRowExchange::start_combine(const Route& route, int chunk, const Ten
   backend_.combine_rows({slot_rows, c.token_slots, weights, {}, back}, stream);
   backend_.synchronize(stream);
   const std::int64_t n = route.tokens;
-  start(&combines_[chunk],
-        group_.all_to_all_rows(back, sent.recv_rows(chunk),
-                               outbox_.rows(n + sent.send_begin(chunk), n + sent.send_begin(chunk + 1)),
-                               sent.send_rows(chunk), "combine rows"));
+  const Tensor home = outbox_.rows(n + sent.send_begin(chunk), n + sent.send_begin(chunk + 1));
+  start(&combines_[chunk], from_experts(route, chunk, back, home));
 }
 
 void AllToAllRowExchange::finish_combine(const Route& route, const Tensor& residual, const Tensor& y,
@@ -311,10 +358,11 @@ void AllToAllRowExchange::start_scalars(const Route& route, int chunk, const Ten
   backend_.scatter_scalars({slot_scalars, c.token_slots, back}, stream);
   backend_.synchronize(stream);
   const std::int64_t n = route.tokens;
-  start(&scalars_[chunk],
-        group_.all_to_all_rows(back, sent.recv_rows(chunk),
-                               out_scalars_.rows(n + sent.send_begin(chunk), n + sent.send_begin(chunk + 1)),
-                               sent.send_rows(chunk), "weight gradients"));
+  const Tensor home = out_scalars_.rows(n + sent.send_begin(chunk), n + sent.send_begin(chunk + 1));
+  RowMovement scalars = from_experts(route, chunk, back, home);
+  scalars.lane = RowLane::Scalars;
+  scalars.labels = &kScalars;
+  start(&scalars_[chunk], scalars);
 }
 
 void AllToAllRowExchange::finish_scalars(const Route& route, const Tensor& scalars, Stream* stream) {

@@ -6,8 +6,8 @@
 // goes to all of them, and what they send back are partial sums. (The method of arXiv 2412.19437,
 // section 3.2, and of GShard's dispatch and combine, arXiv 2006.16668, without padding.)
 //
-// Rows are C on the wire, weights and their gradients S. Messages go from rank to rank directly; a rank's own
-// rows are never copied into a message.
+// Rows are C on the wire, weights and their gradients S. Messages go from rank to rank directly, or over
+// hosts' relays (parallel/row_transport.h); a rank's own rows are never copied into a message.
 #pragma once
 
 #include <memory>
@@ -20,6 +20,9 @@ namespace hybridmoe {
 struct ExchangeOptions {
   int chunks = 2;       // into which the rows of other ranks are cut, by their token's number
   bool overlap = true;  // false: every call waits for its messages at once, which changes no bit
+  // Between hosts through relays, one message for each ordered pair of hosts and chunk; changes no bit.
+  // Without groups.relays there are no other hosts.
+  bool hierarchical = false;
   // Memory for slots and rows, as multiples of what a balanced router would send here: counted in the plan,
   // and accepted at most (0: whatever can come).
   double expected_load = 1.5;

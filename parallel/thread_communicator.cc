@@ -56,6 +56,8 @@ class ThreadCommunicator : public Communicator {
   void barrier(const char* label) override {
     group_->meet(rank_, {.collective = Collective::Barrier, .label = label});
   }
+  void progress() override { group_->advance(rank_); }
+  void add_background(const std::weak_ptr<Background>& work) override { group_->add_background(rank_, work); }
   std::vector<std::string> gather_strings(const std::string& mine, const char* label) override {
     return group_->meet(rank_, {.collective = Collective::GatherStrings, .label = label, .text = mine});
   }
@@ -119,8 +121,8 @@ void ThreadWorld::State::end(int rank, std::exception_ptr thrown) {
     if (shared->failure.empty()) shared->failure = failure;
     std::exception_ptr& place = other ? echo : first;
     if (place == nullptr) place = thrown;
+    shared->notify();
   }
-  shared->changed.notify_all();
 }
 
 ThreadWorld::ThreadWorld(int ranks, std::chrono::milliseconds patience)

@@ -96,8 +96,8 @@ void ThreadGroup::execute(Call& call) {
     const Lock lock(world_->mutex);
     call.done = failure.empty();
     if (failure_.empty()) failure_ = failure;
+    world_->notify();
   }
-  world_->changed.notify_all();
   if (!failure.empty()) throw Error(failure);
 }
 
@@ -114,7 +114,11 @@ void ThreadGroup::wait(const Call& call, int rank) const {
     require(Clock::now() < deadline, "rank ", members_[rank], " has waited ",
             static_cast<double>(world_->patience.count()) / 1000, " s in ", title(call), ", ",
             description(call.ranks[rank]), ": ", missing_ranks(call));
-    world_->changed.wait_until(lock, deadline);
+    const std::int64_t seen = world_->changes;
+    lock.unlock();
+    advance(rank);
+    lock.lock();
+    if (!call.done && world_->changes == seen) world_->changed.wait_until(lock, deadline);
   }
 }
 
@@ -146,7 +150,7 @@ void ThreadGroup::require_match(const Call& call, int rank, const ThreadArgument
   if (here.empty() || mine == theirs) return;
   failure_ = cat(title(call), " is not the same on all of them: ", ranks_text(here), ": ", theirs, "; rank ",
                  members_[rank], ": ", mine);
-  world_->changed.notify_all();
+  world_->notify();
   throw Error(failure_);
 }
 

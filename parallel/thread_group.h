@@ -17,14 +17,30 @@ namespace hybridmoe {
 
 // What all groups of a world share.
 struct ThreadRanks {
-  ThreadRanks(int ranks, std::chrono::milliseconds longest) : patience(longest), last(ranks), ended(ranks) {}
+  ThreadRanks(int ranks, std::chrono::milliseconds longest)
+      : patience(longest), last(ranks), ended(ranks), background(ranks) {}
+
+  // With the mutex held: wakes those who wait.
+  void notify() {
+    ++changes;
+    changed.notify_all();
+  }
+  // Without it: what this rank of the world has to do for others.
+  void advance(int rank) const {
+    for (const auto& work : background[rank]) {
+      if (const auto alive = work.lock()) alive->advance();
+    }
+  }
 
   const std::chrono::milliseconds patience;  // how long a rank waits for others
   std::mutex mutex;                          // of all below, and of the groups
   std::condition_variable changed;           // somebody arrived last, failed or ended
+  std::int64_t changes = 0;                  // how often
   std::vector<std::string> last;             // each rank's last collective; empty: none yet
   std::vector<bool> ended;                   // the rank's body has returned or thrown
   std::string failure;                       // "rank 2 failed: TEXT"; empty: none has
+
+  std::vector<std::vector<std::weak_ptr<Background>>> background;  // each rank's own, for its thread only
 };
 
 class ThreadGroup : public std::enable_shared_from_this<ThreadGroup> {
@@ -32,6 +48,11 @@ class ThreadGroup : public std::enable_shared_from_this<ThreadGroup> {
   // `members`: ranks of the world, ascending.
   ThreadGroup(std::shared_ptr<ThreadRanks> world, std::vector<int> members);
   int size() const { return static_cast<int>(members_.size()); }
+  // For work of this rank of the group, on its thread.
+  void add_background(int rank, const std::weak_ptr<Background>& work) {
+    world_->background[members_[rank]].push_back(work);
+  }
+  void advance(int rank) const { world_->advance(members_[rank]); }
 
   // The next call of this rank of the group; returns at once, unless it is the last to arrive: then the
   // collective is done first. Throws Error when the ranks' calls do not match or the world has failed.

@@ -15,6 +15,7 @@ class WatchedCommunicator : public Communicator {
   int rank() const override { return inner_.rank(); }
   int size() const override { return inner_.size(); }
   void progress() override { inner_.progress(); }
+  void add_background(const std::weak_ptr<Background>& work) override { inner_.add_background(work); }
 
   Event all_reduce(const Tensor& data, ReduceOp op, const char* label) override {
     return issue(label, [&] { return inner_.all_reduce(data, op, label); });
