@@ -108,6 +108,7 @@ class TrainerHarness {
   const Config& config() const { return config_; }
   const Dataset& data() const { return *data_; }
   Communicator& world() { return *groups_.world; }
+  Backend& backend() { return *backend_; }
 
   // Of the last step. Collective over the world.
   TrainerState state() {
