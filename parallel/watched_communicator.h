@@ -1,5 +1,6 @@
 // Communicators that tell an Activity which collectives their rank has issued and which one it waits in, and
-// otherwise are the communicator they wrap.
+// otherwise are the communicator they wrap. A rank that asks test() again and again counts as computing: the
+// watchdog sees only who waits.
 #pragma once
 
 #include <memory>

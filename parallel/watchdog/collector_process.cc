@@ -7,6 +7,7 @@
 #include <fcntl.h>
 #include <filesystem>
 #include <poll.h>
+#include <sched.h>
 #include <spawn.h>
 #include <sys/wait.h>
 #include <thread>
@@ -104,6 +105,9 @@ CollectorProcess::~CollectorProcess() {
 
 int collector_main(const CollectorOptions& options) {
   std::signal(SIGPIPE, SIG_IGN);
+  cpu_set_t every_core;  // not only those that rank 0 is bound to
+  std::memset(&every_core, 0xff, sizeof every_core);
+  ::sched_setaffinity(0, sizeof every_core, &every_core);
   Collector collector(options);
   const std::string offer = collector.offer().SerializeAsString();
   const bool told = ::write(STDOUT_FILENO, offer.data(), offer.size()) == std::ssize(offer);

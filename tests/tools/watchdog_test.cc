@@ -220,6 +220,22 @@ class WatchdogOfHosts : public WatchdogOfJob {
                                                                      {"OMP_NUM_THREADS", "1"}},
                                   path("job"));
     wait_for_steps([this] { return job_->out(); }, [this] { return job_->running(); });
+    const std::string environment = read_text(cat("/proc/", pid(0), "/environ")), name = "PMIX_NAMESPACE=";
+    const std::size_t at = environment.find(name);
+    if (at != std::string::npos) job_number_ = std::strtoul(&environment[at + name.size()], nullptr, 10);
+  }
+  // Open MPI leaves its shared memory behind when a daemon is killed.
+  void TearDown() override {
+    if (job_number_ == 0) return;
+    char part[40];
+    std::snprintf(part, sizeof part, ".%lx.", job_number_);
+    std::error_code ignored;
+    for (const auto& entry : fs::directory_iterator("/dev/shm", ignored)) {
+      const std::string name = entry.path().filename();
+      if (name.rfind("vader_segment.h", 0) == 0 && name.find(part) != std::string::npos) {
+        fs::remove(entry.path(), ignored);
+      }
+    }
   }
   // Of the training program on a rank; 0: not found.
   pid_t pid(int rank) const {
@@ -239,6 +255,7 @@ class WatchdogOfHosts : public WatchdogOfJob {
   }
 
   std::unique_ptr<Process> job_;
+  unsigned long job_number_ = 0;  // Open MPI's
   std::chrono::steady_clock::time_point begin_;
   int status_ = 0;
 };
