@@ -12,6 +12,7 @@
 #include "core/data/corpus_info.h"
 #include "core/data/token_writer.h"
 #include "core/random.h"
+#include "launcher/exchange_choice.h"
 #include "launcher/trainer.h"
 #include "parallel/row_exchange.h"
 #include "proto/data.pb.h"
@@ -84,7 +85,8 @@ class TrainerHarness {
       const MoeConfig& moe = config_.model().moe();
       exchange_ =
           make_row_exchange(*backend_, groups_, moe.experts(), moe.top_k(),
-                            {.factor = moe.capacity_factor(), .by_position = moe.drop() == BY_POSITION}, {});
+                            {.factor = moe.capacity_factor(), .by_position = moe.drop() == BY_POSITION},
+                            exchange_options(config_.parallel()));
     }
     trainer_ = std::make_unique<Trainer>(config_, *data_, *backend_, groups_, exchange_.get());
     trainer_->start();
