@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "core/activity.h"
 #include "core/communicator.h"
 
 namespace hybridmoe {
@@ -17,9 +18,10 @@ struct HostRelays {
 };
 
 // Nothing is owned: whoever made the communicators (parallel/mesh.h; a test: one local communicator for all)
-// keeps them alive for longer than everything that was given this struct. None is null. Members may be the
-// same communicator where groups coincide (tensor size 1: `data` is `world`) and are the local communicator
-// where a group has one rank. All ranks of a group issue the same collectives on it in the same order.
+// keeps them alive for longer than everything that was given this struct. No communicator is null. Members
+// may be the same communicator where groups coincide (tensor size 1: `data` is `world`) and are the local
+// communicator where a group has one rank. All ranks of a group issue the same collectives on it in the same
+// order.
 struct Groups {
   Communicator* world = nullptr;
   Communicator* data = nullptr;         // ranks with other sequences and the same dense shards
@@ -30,6 +32,18 @@ struct Groups {
                                        // when there are more tensor ranks than such heads
   int expert_tensor = 1;               // ET: rank r of `expert` holds shard r % ET of expert part r / ET
   const HostRelays* relays = nullptr;  // null: no expert group is known to span several hosts
+
+  // What this rank is doing, for the watchdog; null: nobody asks.
+  Activity* activity = nullptr;
+  void mark_step(std::int64_t step) const {
+    if (activity != nullptr) activity->set_step(step);
+  }
+  void mark_phase(const char* phase) const {  // a string literal
+    if (activity != nullptr) activity->set_phase(phase);
+  }
+  void mark_layer(int layer) const {  // -1: in none
+    if (activity != nullptr) activity->set_layer(layer);
+  }
 };
 
 // Data parallelism alone: every rank of `all` holds the whole model. `alone` is a local communicator.

@@ -107,6 +107,7 @@ void Recorder::step(const StepResult& result) {
       metric_counts(&record, m.expert_load)[layer * moe.counts.size() + e] =
           static_cast<std::uint64_t>(moe.counts[e]);
     }
+    metric_counts(&record, m.dropped)[layer] = static_cast<std::uint64_t>(moe.dropped);
     metric_values(&record, m.router_entropy)[layer] = static_cast<float>(moe.entropy / tokens);
     metric_values(&record, m.router_lse_square)[layer] = static_cast<float>(moe.lse_squares / tokens);
   }

@@ -10,6 +10,8 @@
 #include "parallel/mpi_communicator.h"
 #include "parallel/mpi_world.h"
 #include "parallel/stop_signal.h"
+#include "parallel/watchdog/watchdog.h"
+#include "parallel/watched_communicator.h"
 
 namespace {
 
@@ -54,11 +56,13 @@ int main(int argc, char** argv) {
   options.program = argv[0];
   if (const int status = parse(argc, argv, &options); status != 0) return status < 0 ? 0 : status;
 
+  hybridmoe::Activity activity;
+  hybridmoe::Watchdog watchdog(activity);
   hybridmoe::MpiEnvironment mpi(&argc, &argv);
   try {
     const hybridmoe::MpiWorld world;
     try {
-      return hybridmoe::run_worker(options, world, [&] { return stop.name(); });
+      return hybridmoe::run_worker(options, world, {activity, watchdog}, [&] { return stop.name(); });
     } catch (const hybridmoe::SharedError& error) {
       // Every rank has the same message: one of them prints it, and all end in order.
       if (mpi.rank() == 0) std::fprintf(stderr, "hybridmoe-train: %s\n", error.what());
@@ -66,6 +70,7 @@ int main(int argc, char** argv) {
     }
   } catch (const std::exception& error) {
     std::fprintf(stderr, "hybridmoe-train: rank %d: %s\n", mpi.rank(), error.what());
+    watchdog.failed(error.what());
     mpi.abort(1);
   }
 }

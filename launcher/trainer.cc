@@ -116,6 +116,8 @@ StepResult Trainer::step(bool stop) {
   result.samples_begin = progress_.samples_consumed;
   result.samples_end = result.samples_begin + config_.batch().sequences();
   result.tokens = tokens_per_step();
+  groups_.mark_step(result.step);
+  groups_.mark_phase("data");
   std::string error;
   try {
     load_samples(result.samples_begin);
@@ -154,11 +156,13 @@ void Trainer::run_micro_batches(StepResult* result) {
   ModelStatistics& statistics = result->model;
   result->seconds.data += watch.lap();
   for (std::int64_t m = 0; m < micro_batches_; ++m) {
+    groups_.mark_phase("forward");
     const bool last = m + 1 == micro_batches_;
     model_.forward_backward(micro_batch(m), scale, &statistics, [&](int stage) {
       if (stage == 0) {
         result->seconds.forward += watch.lap() - weight_seconds_;
         result->seconds.communication += std::exchange(weight_seconds_, 0);
+        groups_.mark_phase("backward");
       }
       if (last) sync_.stage_done(stage);
     });
@@ -169,6 +173,7 @@ void Trainer::run_micro_batches(StepResult* result) {
 
 void Trainer::reduce_sums(bool stop, StepResult* result) {
   Stopwatch watch;
+  groups_.mark_phase("gradients");
   sync_.wait_gradients();
   result->seconds.communication += watch.lap();
   const auto rows = static_cast<std::int64_t>(parameters_.table().size());
@@ -205,6 +210,7 @@ void Trainer::reduce_sums(bool stop, StepResult* result) {
 
 void Trainer::update(StepResult* result) {
   Stopwatch watch;
+  groups_.mark_phase("optimizer");
   const OptimizerConfig& optimizer = config_.optimizer();
   const auto rows = static_cast<std::int64_t>(parameters_.table().size());
   result->learning_rate = learning_rate(config_, result->step);
@@ -232,6 +238,7 @@ void Trainer::update(StepResult* result) {
   }
   backend_.synchronize(nullptr);
   result->seconds.optimizer += watch.lap();
+  groups_.mark_phase("weights");
   sync_.gather_weights();
   const double* scalars = scalars_.ptr<double>();
   result->grad_norm = scalars[kGradNorm];

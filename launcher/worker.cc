@@ -22,6 +22,7 @@
 #include "parallel/mesh.h"
 #include "parallel/mesh_table.h"
 #include "parallel/row_exchange.h"
+#include "parallel/watched_communicator.h"
 
 namespace hybridmoe {
 
@@ -71,15 +72,16 @@ int threads_per_rank(const Config& config, const Communicator& world) {
 
 class Worker {
  public:
-  Worker(const TrainOptions& options, const MpiWorld& ranks,
+  Worker(const TrainOptions& options, const MpiWorld& ranks, const Watching& watching,
          const std::function<std::string()>& stop_requested)
-      : options_(options), ranks_(ranks), world_(ranks.communicator()), stop_requested_(stop_requested) {}
+      : options_(options), ranks_(ranks), watching_(watching), stop_requested_(stop_requested) {}
 
   int run();
 
  private:
   void load();
   std::string choose_precision();
+  void start_watchdog();
   void choose_backend();
   void choose_transport();
   void open_run_directory();
@@ -93,15 +95,19 @@ class Worker {
   bool after_step(const StepResult& result);
   void save();
   void evaluate();
+  void report_loads(const StepResult& result);
   int finish();
   void event(EventRecord::Kind kind, const std::string& message,
              std::initializer_list<std::pair<const char*, double>> values = {});
-  bool first() const { return world_.rank() == 0; }
+  // Of all ranks; watched as soon as the groups are made.
+  Communicator& world() const { return groups_.world != nullptr ? *groups_.world : ranks_.communicator(); }
+  bool first() const { return world().rank() == 0; }
 
   const TrainOptions& options_;
   const MpiWorld& ranks_;
-  Communicator& world_;
   std::optional<MeshCommunicators> communicators_;
+  const Watching& watching_;
+  std::optional<WatchedGroups> watched_;
   Groups groups_;
   std::function<std::string()> stop_requested_;
   Config config_;
@@ -119,6 +125,7 @@ class Worker {
   double memory_before_plan_ = 0;
   std::unique_ptr<Recorder> recorder_;  // on rank 0
   std::optional<ProgressLine> progress_;
+  std::int64_t most_slots_ = 0;  // of a layer on this rank, that were reported
   std::int64_t last_saved_ = -1, last_evaluated_ = -1;
   double first_loss_ = 0, last_loss_ = 0;
   bool lost_something_ = false;
@@ -126,26 +133,27 @@ class Worker {
 };
 
 void Worker::load() {
-  together(world_, "configuration", [&] {
+  together(world(), "configuration", [&] {
     require(!options_.run_dir.empty(), "--run_dir is missing");
-    config_ = load_config(options_.config, options_.overrides);
+    config_ = load_config(options_.config, options_.overrides, world().size());
     data_ = Dataset::open(config_);
     complete(&config_, data_->vocabulary());
-    require_valid(config_, world_.size(), options_.config);
+    require_valid(config_, world().size(), options_.config);
   });
-  const Mesh mesh(layout_of(config_.parallel(), world_.size()), config_.model().kv_heads());
-  communicators_.emplace(mesh, world_, ranks_.make_groups(), ranks_.hosts().of_rank);
-  groups_ = communicators_->groups();
-  if (mesh.layout() != Layout{.world = world_.size()}) {
-    say(world_, describe(mesh, layout_demands(config_), ranks_.hosts()));
+  const Mesh mesh(layout_of(config_.parallel(), world().size()), config_.model().kv_heads());
+  communicators_.emplace(mesh, ranks_.communicator(), ranks_.make_groups(), ranks_.hosts().of_rank);
+  watched_.emplace(communicators_->groups(), watching_.activity);
+  groups_ = watched_->groups();
+  if (mesh.layout() != Layout{.world = world().size()}) {
+    say(world(), describe(mesh, layout_demands(config_), ranks_.hosts()));
   }
 }
 
 void Worker::open_run_directory() {
-  together(world_, "run directory", [&] {
+  together(world(), "run directory", [&] {
     if (first()) directory_.emplace(options_.run_dir, options_.resume);
   });
-  together(world_, "checkpoint to resume from", [&] {
+  together(world(), "checkpoint to resume from", [&] {
     if (!options_.resume) return;
     resume_from_ = checkpoint_to_resume(options_.run_dir, options_.resume_step);
     try {
@@ -173,21 +181,28 @@ void Worker::check_resumable() const {
           "that come later (hybridmoe-data batch prints the numbers of a step)");
   const LayoutRecord& layout = manifest_.layout();
   const ParallelConfig& parallel = config_.parallel();
-  require(layout.world() == world_.size() && layout.tensor() == parallel.tensor() &&
+  require(layout.world() == world().size() && layout.tensor() == parallel.tensor() &&
               layout.expert() == parallel.expert() && layout.expert_tensor() == parallel.expert_tensor(),
           "--resume: ", resume_from_->path, " was written by ", layout.world(),
           " ranks with parallel { tensor: ", layout.tensor(), " expert: ", layout.expert(),
-          " expert_tensor: ", layout.expert_tensor(), " }, this job has ", world_.size(),
+          " expert_tensor: ", layout.expert_tensor(), " }, this job has ", world().size(),
           " ranks with parallel { tensor: ", parallel.tensor(), " expert: ", parallel.expert(),
           " expert_tensor: ", parallel.expert_tensor(), " }; start it with mpirun -np ", layout.world(),
           " and the same parallel sizes (this version cannot change the layout of a checkpoint)");
+}
+
+void Worker::start_watchdog() {
+  const std::string problem = watching_.watchdog.start(
+      world(), {.seconds = config_.parallel().watchdog_seconds(), .run_dir = options_.run_dir});
+  LOG_IF(WARNING, !problem.empty()) << "nobody will report which rank is stuck or dead, and why: " << problem
+                                    << "; training goes on";
 }
 
 // The compute type of all ranks, and why it is this one.
 std::string Worker::choose_precision() {
   // One rank whose CPU lacks bf16 products decides for all: they exchange weights in the compute type.
   std::int32_t lacking = cpu_multiplies_bf16() ? 0 : 1;
-  world_.all_reduce(Tensor(&lacking, DType::I32, {1}), ReduceOp::Max, "bf16 products").wait();
+  world().all_reduce(Tensor(&lacking, DType::I32, {1}), ReduceOp::Max, "bf16 products").wait();
   const bool native = lacking == 0;
   std::string reason = "as configured";
   precision_ = config_.precision();
@@ -200,7 +215,7 @@ std::string Worker::choose_precision() {
         "BF16 was asked for, but a rank's CPU does not multiply bf16; emulate_bf16: true would imitate it";
   }
   // A continued run computes in the type it began with, whatever these machines would choose.
-  together(world_, "compute type", [&] {
+  together(world(), "compute type", [&] {
     for (const MeasuredChoice& choice : manifest_.choice()) {
       if (choice.name() != "precision") continue;
       Precision before = F32;
@@ -223,7 +238,7 @@ void Worker::choose_transport() {
 }
 
 void Worker::choose_backend() {
-  threads_ = threads_per_rank(config_, world_);
+  threads_ = threads_per_rank(config_, world());
   const std::string reason = choose_precision();
   if (options_.resume && manifest_.layout().threads() != threads_) {
     LOG_IF(WARNING, first()) << "the run had " << manifest_.layout().threads() << " threads per rank, now "
@@ -235,7 +250,7 @@ void Worker::choose_backend() {
     backend_ = make_cpu_backend(
         {.compute_type = precision_ == BF16 ? DType::BF16 : DType::F32, .threads = threads_});
   }
-  backend_->set_progress_hook([](void* world) { static_cast<Communicator*>(world)->progress(); }, &world_);
+  backend_->set_progress_hook([](void* world) { static_cast<Communicator*>(world)->progress(); }, &world());
   choose_transport();
 
   manifest_.clear_choice();
@@ -245,20 +260,20 @@ void Worker::choose_backend() {
   choice->set_reason(reason);
   if (transport_) *manifest_.add_choice() = *transport_;
   LayoutRecord* layout = manifest_.mutable_layout();
-  layout->set_world(world_.size());
+  layout->set_world(world().size());
   layout->set_data(groups_.data->size());
   layout->set_tensor(groups_.tensor->size());
   layout->set_expert(groups_.expert->size() / groups_.expert_tensor);
   layout->set_expert_tensor(groups_.expert_tensor);
   layout->set_threads(threads_);
-  say(world_, cat(config_.name(), ": ", world_.size(), world_.size() == 1 ? " rank" : " ranks", ", ",
-                  backend_->name(), ", precision ", Precision_Name(precision_), " (", reason, ")"));
-  if (transport_) say(world_, cat("exchange ", transport_->value(), ": ", transport_->reason()));
+  say(world(), cat(config_.name(), ": ", world().size(), world().size() == 1 ? " rank" : " ranks", ", ",
+                   backend_->name(), ", precision ", Precision_Name(precision_), " (", reason, ")"));
+  if (transport_) say(world(), cat("exchange ", transport_->value(), ": ", transport_->reason()));
 }
 
 void Worker::build_trainer() {
   const ModelConfig& model = config_.model();
-  together(world_, "memory plan", [&] {
+  together(world(), "memory plan", [&] {
     if (model.has_moe()) {
       ExchangeOptions options = exchange_options(config_.parallel());
       options.hierarchical =
@@ -271,21 +286,21 @@ void Worker::build_trainer() {
     trainer_ = std::make_unique<Trainer>(config_, *data_, *backend_, groups_, exchange_.get());
   });
   const ParameterCount count = parameter_count(model);
-  say(world_, cat("model: ", model.layers(), " layers, ", count.total, " parameters, ", count.active,
-                  " active; ", trainer_->tokens_per_step(), " tokens a step"));
+  say(world(), cat("model: ", model.layers(), " layers, ", count.total, " parameters, ", count.active,
+                   " active; ", trainer_->tokens_per_step(), " tokens a step"));
   std::string plan =
       cat("memory per rank: ", mebibytes(static_cast<double>(trainer_->memory().bytes())), " =");
   for (const auto& [component, bytes] : trainer_->memory().by_component()) {
     plan += cat(" ", component, " ", mebibytes(static_cast<double>(bytes)), ",");
   }
   plan.pop_back();
-  say(world_, plan);
+  say(world(), plan);
 }
 
 void Worker::measure_limit() {
-  world_.barrier("before measuring the limit");
+  world().barrier("before measuring the limit");
   double limit = measure_product_limit(*backend_);
-  world_.all_reduce(Tensor(&limit, DType::F64, {1}), ReduceOp::Sum, "limit").wait();
+  world().all_reduce(Tensor(&limit, DType::F64, {1}), ReduceOp::Sum, "limit").wait();
   limit_ = limit;
   char text[200];
   const double seconds = trainer_->flops_per_step() / limit_;
@@ -295,21 +310,21 @@ void Worker::measure_limit() {
       "(%.0f tokens/s)",
       limit_ / 1e9, trainer_->flops_per_step() / 1e9, seconds,
       static_cast<double>(trainer_->tokens_per_step()) / seconds);
-  say(world_, text);
+  say(world(), text);
 }
 
 void Worker::restore() {
   try {
-    restore_checkpoint(resume_from_->path, manifest_, world_, *trainer_);
+    restore_checkpoint(resume_from_->path, manifest_, world(), *trainer_);
   } catch (const SharedError& damage) {
     throw SharedError(damage.what() + advice_on_damage(options_.run_dir, resume_from_->step));
   }
   last_saved_ = resume_from_->step;
-  say(world_, cat("resumed from ", resume_from_->path));
-  together(world_, "later checkpoints", [&] {
+  say(world(), cat("resumed from ", resume_from_->path));
+  together(world(), "later checkpoints", [&] {
     if (!first()) return;
     for (const std::string& path : set_aside_later_checkpoints(options_.run_dir, resume_from_->step)) {
-      say(world_, cat("a later checkpoint is now ", path, "; delete it when you do not need it"));
+      say(world(), cat("a later checkpoint is now ", path, "; delete it when you do not need it"));
     }
   });
 }
@@ -327,8 +342,8 @@ void Worker::open_log() {
   if (manifest_.has_run_id()) header.set_run_id(manifest_.run_id());
   char host[256] = {};
   gethostname(host, sizeof host - 1);
-  for (const std::string& name : world_.gather_strings(host, "host names")) header.add_host(name);
-  together(world_, "telemetry log", [&] {
+  for (const std::string& name : world().gather_strings(host, "host names")) header.add_host(name);
+  together(world(), "telemetry log", [&] {
     if (!first()) return;
     directory_->write_config(config_);
     if (!config_.telemetry().enabled()) return;
@@ -344,11 +359,12 @@ void Worker::event(EventRecord::Kind kind, const std::string& message,
 }
 
 void Worker::save() {
+  groups_.mark_phase("saving");
   const std::int64_t step = trainer_->progress().step;
-  const SaveResult result = save_checkpoint(options_.run_dir, manifest_, world_, *trainer_);
+  const SaveResult result = save_checkpoint(options_.run_dir, manifest_, world(), *trainer_);
   if (result.saved) {
     last_saved_ = step;
-    say(world_, cat("saved ", result.path, " in ", static_cast<int>(result.seconds * 1000), " ms"));
+    say(world(), cat("saved ", result.path, " in ", static_cast<int>(result.seconds * 1000), " ms"));
     event(EventRecord::CHECKPOINT_SAVED, result.path, {{"seconds", result.seconds}});
     LOG_IF(WARNING, !result.warning.empty()) << "older checkpoints were not removed: " << result.warning;
     return;
@@ -360,6 +376,7 @@ void Worker::save() {
 }
 
 void Worker::evaluate() {
+  groups_.mark_phase("evaluation");
   const Evaluation result = trainer_->evaluate();
   last_evaluated_ = result.step;
   char text[200];
@@ -370,8 +387,22 @@ void Worker::evaluate() {
     std::snprintf(text, sizeof text, ", %.4f bits per byte", result.bits_per_byte);
     line += text;
   }
-  say(world_, cat(line, " (", result.tokens, " held-out tokens)"));
+  say(world(), cat(line, " (", result.tokens, " held-out tokens)"));
   event(EventRecord::EVALUATION, line, {{"loss", result.loss}, {"bits_per_byte", result.bits_per_byte}});
+}
+
+// A router that sends this rank more than the memory plan counts on: said once, and again whenever it
+// doubles.
+void Worker::report_loads(const StepResult& result) {
+  const ModelStatistics::MoeLayer* most = nullptr;
+  for (const auto& layer : result.model.moe) {
+    if (most == nullptr || layer.slots > most->slots) most = &layer;
+  }
+  if (most == nullptr || most->slots <= std::max(most->expected_slots, 2 * most_slots_)) return;
+  most_slots_ = most->slots;
+  LOG(INFO) << "step " << result.step << ": layer " << most->layer << " sent rank " << world().rank() << " "
+            << most->slots << " slots, the memory plan counts on " << most->expected_slots
+            << "; memory grows (parallel.expected_load, parallel.load_limit)";
 }
 
 // Returns whether training goes on.
@@ -383,15 +414,16 @@ bool Worker::after_step(const StepResult& result) {
                              << ": a gradient was not finite, the update is skipped";
     event(EventRecord::SKIP, "gradient not finite");
   }
+  report_loads(result);
   if (first_loss_ == 0) first_loss_ = result.cross_entropy;
   last_loss_ = result.cross_entropy;
   const bool last = result.step >= config_.steps();
   const std::int64_t every = std::max(1, config_.telemetry().progress_every());
-  if (last || result.stop_requested || result.step % every == 0) say(world_, progress_->str());
+  if (last || result.stop_requested || result.step % every == 0) say(world(), progress_->str());
   if (result.stop_requested) {
     stopped_by_ = stop_requested_();
     if (stopped_by_.empty()) stopped_by_ = "a signal on another rank";
-    say(world_, cat("stopping after step ", result.step, " (", stopped_by_, ")"));
+    say(world(), cat("stopping after step ", result.step, " (", stopped_by_, ")"));
     event(EventRecord::SIGNAL, stopped_by_);
     return false;
   }
@@ -406,8 +438,8 @@ void Worker::train() {
   if (resume_from_) event(EventRecord::RESTART, resume_from_->path);
   if (config_.checkpoint().before_first_step() && trainer_->progress().step == 0) save();
   if (trainer_->progress().step >= config_.steps()) {
-    say(world_, cat("nothing to do: ", trainer_->progress().step, " of ", config_.steps(),
-                    " steps are done; raise `steps` to go on"));
+    say(world(), cat("nothing to do: ", trainer_->progress().step, " of ", config_.steps(),
+                     " steps are done; raise `steps` to go on"));
   } else {
     while (after_step(trainer_->step(!stop_requested_().empty()))) {
     }
@@ -436,7 +468,7 @@ int Worker::finish() {
   const std::int64_t step = trainer_->progress().step;
   if (last_saved_ != step) save();
   const double peak = process_memory("VmHWM:");
-  say(world_,
+  say(world(),
       cat("memory: process peak ", mebibytes(peak), ", of which ", mebibytes(peak - memory_before_plan_),
           " beyond what it held before the plan of ",
           mebibytes(static_cast<double>(trainer_->memory().bytes())), "; ",
@@ -452,23 +484,24 @@ int Worker::finish() {
   if (first_loss_ != 0) {
     char text[120];
     std::snprintf(text, sizeof text, "loss %.4f at the start, %.4f at the end", first_loss_, last_loss_);
-    say(world_, text);
+    say(world(), text);
   }
-  say(world_, cat(stopped_by_.empty() ? "done: " : "stopped: ", step, " of ", config_.steps(),
-                  " steps; run directory ", options_.run_dir));
+  say(world(), cat(stopped_by_.empty() ? "done: " : "stopped: ", step, " of ", config_.steps(),
+                   " steps; run directory ", options_.run_dir));
   std::int32_t lost = lost_something_ ? 1 : 0;
-  world_.all_reduce(Tensor(&lost, DType::I32, {1}), ReduceOp::Max, "exit status").wait();
+  world().all_reduce(Tensor(&lost, DType::I32, {1}), ReduceOp::Max, "exit status").wait();
   return lost;
 }
 
 int Worker::run() {
   load();
   open_run_directory();
+  start_watchdog();
   choose_backend();
   build_trainer();
   measure_limit();
   memory_before_plan_ = process_memory("VmRSS:");
-  together(world_, "memory", [&] { trainer_->start(); });
+  together(world(), "memory", [&] { trainer_->start(); });
   if (resume_from_) restore();
   open_log();
   try {
@@ -481,9 +514,9 @@ int Worker::run() {
 
 }  // namespace
 
-int run_worker(const TrainOptions& options, const MpiWorld& ranks,
+int run_worker(const TrainOptions& options, const MpiWorld& ranks, const Watching& watching,
                const std::function<std::string()>& stop_requested) {
-  return Worker(options, ranks, stop_requested).run();
+  return Worker(options, ranks, watching, stop_requested).run();
 }
 
 }  // namespace hybridmoe

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "parallel/mpi_world.h"
+#include "parallel/watchdog/watchdog.h"
 
 namespace hybridmoe {
 
@@ -21,11 +22,18 @@ struct TrainOptions {
   std::string program;                      // argv[0], for messages
 };
 
+// What tells the outside what this rank is doing. Both outlive the worker.
+struct Watching {
+  Activity& activity;
+  Watchdog& watchdog;
+};
+
 // Trains until the configured number of steps is done or `stop_requested` says so on any rank; then saves and
 // returns. Collective over `ranks`, which outlives the call. Returns the exit status: 0, or 1 when something
 // was lost on the way (a checkpoint that could not be saved, log records). Throws the same Error on every
-// rank for everything a user can get wrong. stop_requested returns a signal's name, empty for "go on".
-int run_worker(const TrainOptions& options, const MpiWorld& ranks,
+// rank for everything a user can get wrong. stop_requested returns a signal's name, empty for "go on". The
+// watchdog is started as soon as the configuration is known.
+int run_worker(const TrainOptions& options, const MpiWorld& ranks, const Watching& watching,
                const std::function<std::string()>& stop_requested);
 
 }  // namespace hybridmoe

@@ -21,13 +21,14 @@ namespace hybridmoe {
 
 // Sums over a micro-batch of one MoE layer, over the world once they are reduced.
 struct RouterStatistics {
-  Tensor all;                // [2 E + kRouterSums] F64: the three below, for one reduction
-  Tensor counts;             // [E] tokens routed, before drops
-  Tensor prob_sum;           // [E]
-  Tensor sums;               // [kRouterSums]
-  Tensor logit_max;          // [1] F64, of this rank
-  Event reduced;             // of `all`
-  std::int64_t dropped = 0;  // slots of this rank's tokens
+  Tensor all;                                  // [2 E + kRouterSums] F64: the three below, for one reduction
+  Tensor counts;                               // [E] tokens routed, before drops
+  Tensor prob_sum;                             // [E]
+  Tensor sums;                                 // [kRouterSums]
+  Tensor logit_max;                            // [1] F64, of this rank
+  Event reduced;                               // of `all`
+  std::int64_t dropped = 0;                    // slots of this rank's tokens
+  std::int64_t slots = 0, expected_slots = 0;  // of this rank's experts: in this pass, in the memory plan
 };
 
 class FeedForwardLayer {

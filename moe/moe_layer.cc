@@ -155,7 +155,10 @@ void MoeLayer::enter(const Pass& pass, const Tensor& x, const Tensor& branch) {
   }
   if (!pass.recomputing) {
     exchange_.plan(call.topk, call.weights, &route_, pass.stream);
-    if (pass.statistics) statistics_.dropped = route_.dropped;
+    if (!pass.statistics) return;
+    statistics_.dropped = route_.dropped;
+    statistics_.slots = route_.slots;
+    statistics_.expected_slots = exchange_.expected_slots(pass.rows());
   }
 }
 

@@ -119,8 +119,10 @@ void Transformer::forward(const Pass& pass, const Tensor& tokens) {
   sequence.reduce(partial, x, false, "embeddings", pass.stream);
   for (int l = 0; l < layers(); ++l) {
     if (before_stage_) before_stage_(layers() - l);
+    machine_.groups.mark_layer(l);
     blocks_[l]->forward(pass, layer_input(l, n), layer_input(l + 1, n));
   }
+  machine_.groups.mark_layer(-1);
   if (before_stage_) before_stage_(0);
   machine_.backend.residual_norm_forward({.x = layer_input(layers(), n),
                                           .gain = parameters_.weight(final_norm_),
@@ -231,6 +233,7 @@ void Transformer::forward_backward(const MicroBatch& batch, const LossScale& sca
   if (on_stage) on_stage(0);
   for (int l = layers() - 1; l >= 0; --l) {
     const Tensor x = layer_input(l, n);
+    machine_.groups.mark_layer(l);
     if (model_.recompute()) {
       Pass again = pass;
       again.recomputing = true;
@@ -238,6 +241,7 @@ void Transformer::forward_backward(const MicroBatch& batch, const LossScale& sca
       blocks_[l]->forward(again, x, h_.rows(0, n));
     }
     blocks_[l]->backward(pass, scale, x, d);
+    machine_.groups.mark_layer(-1);
     if (on_stage) on_stage(layers() - l);
   }
   const Tensor all_d =
@@ -325,6 +329,8 @@ void Transformer::collect(const LossScale& scale, ModelStatistics* statistics) {
     total.entropy += router.sums.ptr<double>()[kRouterEntropy];
     total.logit_max = std::max(total.logit_max, *router.logit_max.ptr<double>());
     total.dropped += router.dropped;
+    total.slots = std::max(total.slots, router.slots);
+    total.expected_slots = router.expected_slots;
     const double share = 1.0 / (scale.moe_layers * scale.micro_batches);
     statistics->balance_loss += share * moe.balance_loss() * moe.experts() / (n * k) * dot;
     statistics->z_loss += share * moe.z_loss() / (n * (moe.z_loss_over_top_k() ? k : 1)) * lse_squares;

@@ -31,11 +31,13 @@ struct MicroBatch {
 struct ModelStatistics {
   struct MoeLayer {
     int layer = 0;
-    std::vector<double> counts;  // tokens routed to each expert, before drops
-    double lse_squares = 0;      // Σ lse² over tokens
-    double entropy = 0;          // Σ entropy over tokens (nats)
-    double logit_max = 0;        // of this rank
-    std::int64_t dropped = 0;    // slots of this rank's tokens; of all, in a StepResult
+    std::vector<double> counts;       // tokens routed to each expert, before drops
+    double lse_squares = 0;           // Σ lse² over tokens
+    double entropy = 0;               // Σ entropy over tokens (nats)
+    double logit_max = 0;             // of this rank
+    std::int64_t dropped = 0;         // slots of this rank's tokens; of all, in a StepResult
+    std::int64_t slots = 0;           // the most that a micro-batch brought to this rank's experts
+    std::int64_t expected_slots = 0;  // what the memory plan counts on
   };
   double cross_entropy = 0;  // Σ over the tensor group's unmasked targets (nats)
   double targets = 0;        // their number

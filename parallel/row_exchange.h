@@ -25,7 +25,7 @@ struct ExchangeOptions {
   bool hierarchical = false;
   // Memory for slots and rows, as multiples of what a balanced router would send here: counted in the plan,
   // and accepted at most (0: whatever can come).
-  double expected_load = 1.25;
+  double expected_load = 1.5;
   double load_limit = 0;
 };
 

@@ -11,6 +11,7 @@
 
 #include "core/config/layers.h"
 #include "core/config/load.h"
+#include "core/config/validate.h"
 #include "core/limits.h"
 #include "parallel/mesh.h"
 #include "parallel/mpi_communicator.h"
@@ -140,8 +141,8 @@ void print_limits(const MachineLimits& limits, Communicator& world, std::ostream
   out << text;
 }
 
-void run(const Options& options, const Groups& groups) {
-  Communicator& world = *groups.world;
+void run(const Options& options, const MpiWorld& ranks) {
+  Communicator& world = ranks.communicator();
   std::ostringstream nowhere;
   std::ostream& out = world.rank() == 0 ? std::cout : nowhere;
   const bool bf16 = options.precision == "bf16" || (options.precision == "auto" && cpu_multiplies_bf16());
@@ -162,8 +163,12 @@ void run(const Options& options, const Groups& groups) {
                       out);
     }
     if (!options.no_step) {
-      bench_step(*backend, groups, limits.product_flops, {.config = model, .seconds = options.step_seconds},
-                 out);
+      const auto violations = validate(model, world.size(), false);
+      require(violations.empty(), to_string(violations, model.name()));
+      const Mesh mesh(layout_of(model.parallel(), world.size()), kv_heads_of(model.model()));
+      const MeshCommunicators communicators(mesh, world, ranks.make_groups());
+      bench_step(*backend, communicators.groups(), limits.product_flops,
+                 {.config = model, .seconds = options.step_seconds}, out);
     }
   }
 }
@@ -177,9 +182,7 @@ int main(int argc, char** argv) {
   hybridmoe::MpiEnvironment mpi(&argc, &argv);
   try {
     const hybridmoe::MpiWorld world;
-    const hybridmoe::MeshCommunicators communicators(hybridmoe::Mesh({.world = mpi.size()}),
-                                                     world.communicator(), world.make_groups());
-    hybridmoe::run(options, communicators.groups());
+    hybridmoe::run(options, world);
     return 0;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "hybridmoe-bench: rank %d: %s\n", mpi.rank(), error.what());

@@ -27,6 +27,7 @@ constexpr const char* kFree[] = {
     "parallel.exchange_overlap",
     "parallel.expected_load",
     "parallel.load_limit",
+    "parallel.watchdog_seconds",
 };
 
 // One line of text format, without the field's name; "{...}" for messages.

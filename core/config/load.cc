@@ -25,7 +25,7 @@ bool concerns(const Violation& mistake, const std::string& field) {
 }
 
 Config parse(const std::string& text, const std::string& name, const std::vector<std::string>& overrides,
-             bool needs_data) {
+             bool needs_data, int world_size) {
   Config config;
   ParseReport report;
   TextParser parser(
@@ -34,7 +34,7 @@ Config parse(const std::string& text, const std::string& name, const std::vector
   for (const std::string& each : overrides) apply_override(&config, each, &report);
 
   std::vector<Violation> all = report.mistakes;
-  for (Violation violation : validate(config, 0, needs_data)) {
+  for (Violation violation : validate(config, world_size, needs_data)) {
     const auto meant = [&](const Violation& mistake) { return concerns(mistake, violation.field); };
     if (std::any_of(report.mistakes.begin(), report.mistakes.end(), meant)) continue;
     const auto place = report.places.find(violation.field);
@@ -58,13 +58,13 @@ std::string read_text(const std::string& path) {
 
 }  // namespace
 
-Config load_config(const std::string& path, const std::vector<std::string>& overrides) {
-  return parse(read_text(path), path, overrides, true);
+Config load_config(const std::string& path, const std::vector<std::string>& overrides, int world_size) {
+  return parse(read_text(path), path, overrides, true, world_size);
 }
 
 Config parse_config_text(const std::string& text, const std::string& name,
                          const std::vector<std::string>& overrides) {
-  return parse(text, name, overrides, false);
+  return parse(text, name, overrides, false, 0);
 }
 
 std::string to_text(const Config& config) {

@@ -247,6 +247,12 @@ void check_parallel(const Config& config, int world_size, Rules* rules) {
   rules->range("parallel.exchange_chunks", parallel.exchange_chunks(), 1, 64);
   rules->at_least("parallel.expected_load", parallel.expected_load(), 0.0);
   rules->at_least("parallel.load_limit", parallel.load_limit(), 0.0);
+  const double wait = parallel.watchdog_seconds();
+  rules->check(wait == 0 || (wait >= 1 && wait <= 1e6), "parallel.watchdog_seconds", number(wait),
+               "must be from 1 to 1e6 seconds, or 0 for no watchdog",
+               wait > 1e6 ? "nearest: 1e6"
+               : wait < 0 ? "nearest: 0"
+                          : "nearest: 1");
   if (!rules->sound({"parallel.tensor", "parallel.expert", "parallel.expert_tensor"})) return;
 
   const Layout layout = layout_of(parallel, world_size);

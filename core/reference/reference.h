@@ -39,7 +39,7 @@ inline void add_scaled(double scale, const double* x, double* y, std::int64_t n)
   for (std::int64_t i = 0; i < n; ++i) y[i] += scale * x[i];
 }
 
-class ReferenceBackend final : public Backend {
+class ReferenceBackend : public Backend {
  public:
   std::string name() const override { return "reference (f64)"; }
   Device device() const override { return Device::CPU; }

@@ -145,6 +145,8 @@ TrainingMetrics::TrainingMetrics(const ModelRows& rows) {
       table.count("nonfinite", "element", D::SUM, {gradient}, "gradient elements that are NaN or infinite");
   expert_load =
       table.count("expert_load", "token", D::SUM, {moe_layer, expert}, "tokens routed to an expert");
+  dropped = table.count("dropped", "slot", D::SUM, {moe_layer},
+                        "choices of an expert that found no room under its capacity");
   router_entropy = table.value("router_entropy", "nat", D::MEAN, {moe_layer},
                                "entropy of a token's router probabilities, mean over the tokens");
   router_lse_square = table.value("router_lse_square", "nat^2", D::MEAN, {moe_layer},

@@ -83,6 +83,7 @@ struct TrainingMetrics {
   Metric layer_grad_norm;  // [gradient rows] values: the square roots of the gradient table's sums
   Metric nonfinite;        // [gradient rows] counts
   Metric expert_load;      // [MoE layers, experts] counts
+  Metric dropped;          // [MoE layers] counts
   Metric router_entropy, router_lse_square;  // [MoE layers] values
 };
 

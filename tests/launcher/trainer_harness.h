@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -69,24 +70,32 @@ struct ParameterState {
 };
 using TrainerState = std::map<std::string, ParameterState>;
 
+// What a test puts in the place of a harness' own parts.
+struct Substitutes {
+  std::unique_ptr<Backend> backend;
+  std::function<std::unique_ptr<RowExchange>(std::unique_ptr<RowExchange>)> exchange;  // wraps it
+};
+
 class TrainerHarness {
  public:
   // `text` is a Config without data.source. Without groups: a world of this process alone. Started, with
   // initial values.
-  TrainerHarness(const std::string& text, const std::string& corpus, const Groups* groups = nullptr)
+  TrainerHarness(const std::string& text, const std::string& corpus, const Groups* groups = nullptr,
+                 Substitutes substitutes = {})
       : config_(parse_config_text(text, "test")),
         alone_(make_local_communicator()),
         groups_(groups != nullptr ? *groups : one_rank_groups(*alone_)) {
     config_.mutable_data()->add_source()->set_path(corpus);
     data_ = Dataset::open(config_);
     complete(&config_, data_->vocabulary());
-    backend_ = backend_of(config_.precision());
+    backend_ = substitutes.backend ? std::move(substitutes.backend) : backend_of(config_.precision());
     if (config_.model().has_moe()) {
       const MoeConfig& moe = config_.model().moe();
       exchange_ =
           make_row_exchange(*backend_, groups_, moe.experts(), moe.top_k(),
                             {.factor = moe.capacity_factor(), .by_position = moe.drop() == BY_POSITION},
                             exchange_options(config_.parallel()));
+      if (substitutes.exchange) exchange_ = substitutes.exchange(std::move(exchange_));
     }
     trainer_ = std::make_unique<Trainer>(config_, *data_, *backend_, groups_, exchange_.get());
     trainer_->start();
@@ -135,6 +144,29 @@ class TrainerHarness {
       }
     }
     return result;
+  }
+
+  // Takes over another trainer's weights and moments, and its progress.
+  void set_state(const TrainerState& state, const Progress& progress) {
+    const auto write = [&](const Tensor& target, std::vector<double> values) {
+      backend_->convert(Tensor(values.data(), DType::F64, {std::ssize(values)}), target, nullptr);
+    };
+    trainer_->wait_weights();
+    for (const auto& bucket : trainer_->parameters().buckets()) {
+      for (const auto& range : bucket.owned) {
+        const ParameterState& from = state.at(trainer_->parameters().spec(range.parameter).name);
+        const auto part = [&](const std::vector<double>& all) {
+          const auto begin = all.begin() + range.global_begin;
+          return std::vector<double>(begin, begin + range.length);
+        };
+        const std::int64_t begin = range.shard_begin, end = begin + range.length;
+        write(bucket.owned_master().flat(begin, end), part(from.master));
+        write(bucket.m.flat(begin, end), part(from.m));
+        write(bucket.v.flat(begin, end), part(from.v));
+      }
+    }
+    trainer_->progress() = progress;
+    trainer_->restored();
   }
 
   // The weights this rank computes with, by parameter, where it holds all of them.

@@ -35,6 +35,8 @@ std::vector<std::vector<double>> sums_with(const Fault& fault) {
         event.wait();
       }
       results[self.world().rank()].push_back(value);
+      event.wait();
+      EXPECT_EQ(value, results[self.world().rank()].back()) << "a bit flips once";
     }
   });
   return results;
