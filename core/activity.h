@@ -55,18 +55,27 @@ class Activity {
     put(latest_group_, group);
     return {group, number, label};
   }
-  // It waits in a collective from construction to destruction.
+  // It waits in a collective from construction to destruction; then again in the one in which it was waiting
+  // before, since whoever waits also finishes work of others (Background).
   class Waiting {
    public:
-    Waiting(Activity& activity, const Collective& collective) : activity_(activity) {
+    Waiting(Activity& activity, const Collective& collective)
+        : activity_(activity), before_(activity.waiting()) {
       activity_.begin_wait(collective);
     }
-    ~Waiting() { activity_.end_wait(); }
+    ~Waiting() {
+      if (before_.group >= 0) {
+        activity_.begin_wait(before_);
+      } else {
+        activity_.end_wait();
+      }
+    }
     Waiting(const Waiting&) = delete;
     Waiting& operator=(const Waiting&) = delete;
 
    private:
     Activity& activity_;
+    Collective before_;
   };
   void begin_wait(const Collective& collective) {
     wait_label_.store(collective.label, std::memory_order_release);

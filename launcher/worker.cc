@@ -15,6 +15,7 @@
 #include "core/config/validate.h"
 #include "core/limits.h"
 #include "launcher/checkpoint.h"
+#include "launcher/exchange_choice.h"
 #include "launcher/recorder.h"
 #include "launcher/run_directory.h"
 #include "launcher/trainer.h"
@@ -82,6 +83,7 @@ class Worker {
   std::string choose_precision();
   void start_watchdog();
   void choose_backend();
+  void choose_transport();
   void open_run_directory();
   void check_resumable() const;
   void build_trainer();
@@ -113,6 +115,7 @@ class Worker {
   int threads_ = 1;
   Precision precision_ = F32;
   std::unique_ptr<Backend> backend_;
+  std::optional<MeasuredChoice> transport_;  // of the exchange; without one: nothing moves
   std::unique_ptr<RowExchange> exchange_;
   std::optional<RunDirectory> directory_;  // on rank 0
   std::optional<CheckpointEntry> resume_from_;
@@ -138,7 +141,7 @@ void Worker::load() {
     require_valid(config_, world().size(), options_.config);
   });
   const Mesh mesh(layout_of(config_.parallel(), world().size()), config_.model().kv_heads());
-  communicators_.emplace(mesh, ranks_.communicator(), ranks_.make_groups());
+  communicators_.emplace(mesh, ranks_.communicator(), ranks_.make_groups(), ranks_.hosts().of_rank);
   watched_.emplace(communicators_->groups(), watching_.activity);
   groups_ = watched_->groups();
   if (mesh.layout() != Layout{.world = world().size()}) {
@@ -225,6 +228,15 @@ std::string Worker::choose_precision() {
   return reason;
 }
 
+void Worker::choose_transport() {
+  if (!config_.model().has_moe() || groups_.expert->size() == 1) return;
+  const MeasuredChoice* before = nullptr;
+  for (const MeasuredChoice& choice : manifest_.choice()) {
+    if (choice.name() == "exchange") before = &choice;
+  }
+  transport_ = choose_exchange(config_, *backend_, groups_, before);
+}
+
 void Worker::choose_backend() {
   threads_ = threads_per_rank(config_, world());
   const std::string reason = choose_precision();
@@ -239,12 +251,14 @@ void Worker::choose_backend() {
         {.compute_type = precision_ == BF16 ? DType::BF16 : DType::F32, .threads = threads_});
   }
   backend_->set_progress_hook([](void* world) { static_cast<Communicator*>(world)->progress(); }, &world());
+  choose_transport();
 
   manifest_.clear_choice();
   MeasuredChoice* choice = manifest_.add_choice();
   choice->set_name("precision");
   choice->set_value(Precision_Name(precision_));
   choice->set_reason(reason);
+  if (transport_) *manifest_.add_choice() = *transport_;
   LayoutRecord* layout = manifest_.mutable_layout();
   layout->set_world(world().size());
   layout->set_data(groups_.data->size());
@@ -254,20 +268,20 @@ void Worker::choose_backend() {
   layout->set_threads(threads_);
   say(world(), cat(config_.name(), ": ", world().size(), world().size() == 1 ? " rank" : " ranks", ", ",
                    backend_->name(), ", precision ", Precision_Name(precision_), " (", reason, ")"));
+  if (transport_) say(world(), cat("exchange ", transport_->value(), ": ", transport_->reason()));
 }
 
 void Worker::build_trainer() {
   const ModelConfig& model = config_.model();
   together(world(), "memory plan", [&] {
     if (model.has_moe()) {
-      const ParallelConfig& parallel = config_.parallel();
+      ExchangeOptions options = exchange_options(config_.parallel());
+      options.hierarchical =
+          transport_ && transport_->value() == ParallelConfig::Exchange_Name(ParallelConfig::HIERARCHICAL);
       exchange_ = make_row_exchange(
           *backend_, groups_, model.moe().experts(), model.moe().top_k(),
           {.factor = model.moe().capacity_factor(), .by_position = model.moe().drop() == BY_POSITION},
-          {.chunks = parallel.exchange_chunks(),
-           .overlap = parallel.exchange_overlap(),
-           .expected_load = parallel.expected_load(),
-           .load_limit = parallel.load_limit()});
+          options);
     }
     trainer_ = std::make_unique<Trainer>(config_, *data_, *backend_, groups_, exchange_.get());
   });

@@ -91,6 +91,13 @@ constexpr NamedGroup kGroups[] = {{"world", &Groups::world},
                                   {"expert", &Groups::expert},
                                   {"expert data", &Groups::expert_data},
                                   {"key/value", &Groups::key_value}};
+struct NamedRelays {
+  const char* name;
+  Communicator* HostRelays::*member;
+};
+constexpr NamedRelays kRelays[] = {{"expert, to relays", &HostRelays::gather},
+                                   {"expert, between hosts", &HostRelays::cross},
+                                   {"expert, from relays", &HostRelays::scatter}};
 
 // Of the world, in the order of `group`.
 std::vector<int> members(Communicator& group, int world_rank) {
@@ -111,9 +118,8 @@ WatchedGroups::WatchedGroups(const Groups& groups, Activity& activity) : groups_
   groups_.activity = &activity;
   const int world_rank = groups.world->rank();
   std::map<Communicator*, Communicator*> watched;
-  for (const auto& [name, member] : kGroups) {
-    Communicator* const inner = groups.*member;
-    if (inner->size() == 1) continue;
+  const auto watch = [&](Communicator* inner, const char* name) {
+    if (inner->size() == 1) return inner;
     Communicator*& outer = watched[inner];
     if (outer == nullptr) {
       const int group = activity.add_group(name, members(*inner, world_rank));
@@ -121,8 +127,13 @@ WatchedGroups::WatchedGroups(const Groups& groups, Activity& activity) : groups_
       owned_.push_back(make_watched_communicator(*inner, activity, group));
       outer = owned_.back().get();
     }
-    groups_.*member = outer;
-  }
+    return outer;
+  };
+  for (const auto& [name, member] : kGroups) groups_.*member = watch(groups.*member, name);
+  if (groups.relays == nullptr) return;
+  relays_ = *groups.relays;
+  groups_.relays = &relays_;
+  for (const auto& [name, member] : kRelays) relays_.*member = watch(relays_.*member, name);
 }
 
 WatchedGroups::~WatchedGroups() {

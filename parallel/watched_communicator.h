@@ -29,6 +29,7 @@ class WatchedGroups {
 
  private:
   std::vector<std::unique_ptr<Communicator>> owned_;
+  HostRelays relays_;
   Groups groups_;
   int world_group_ = -1;
 };

@@ -23,6 +23,7 @@ constexpr const char* kFree[] = {
     "data.skip",
     "model.recompute",
     "parallel.threads",
+    "parallel.exchange",
     "parallel.exchange_overlap",
     "parallel.expected_load",
     "parallel.load_limit",

@@ -13,6 +13,7 @@
 #include "core/data/corpus_info.h"
 #include "core/data/token_writer.h"
 #include "core/random.h"
+#include "launcher/exchange_choice.h"
 #include "launcher/trainer.h"
 #include "parallel/row_exchange.h"
 #include "proto/data.pb.h"
@@ -90,11 +91,10 @@ class TrainerHarness {
     backend_ = substitutes.backend ? std::move(substitutes.backend) : backend_of(config_.precision());
     if (config_.model().has_moe()) {
       const MoeConfig& moe = config_.model().moe();
-      const ParallelConfig& parallel = config_.parallel();
       exchange_ =
           make_row_exchange(*backend_, groups_, moe.experts(), moe.top_k(),
                             {.factor = moe.capacity_factor(), .by_position = moe.drop() == BY_POSITION},
-                            {.chunks = parallel.exchange_chunks(), .overlap = parallel.exchange_overlap()});
+                            exchange_options(config_.parallel()));
       if (substitutes.exchange) exchange_ = substitutes.exchange(std::move(exchange_));
     }
     trainer_ = std::make_unique<Trainer>(config_, *data_, *backend_, groups_, exchange_.get());
