@@ -10,9 +10,9 @@
 namespace hybridmoe {
 
 // Reads a file, applies the overrides in their order, and checks everything that does not depend on the data;
-// with a world_size also what depends on the number of ranks (core/config/validate.h). Throws Error with all mistakes: unknown fields
-// (file, line, column, nearest name), values of a wrong type, unknown enum names, fields given twice, broken
-// rules.
+// with a world_size also what depends on the number of ranks (core/config/validate.h). Throws Error with all
+// mistakes: unknown fields (file, line, column, nearest name), values of a wrong type, unknown enum names,
+// fields given twice, broken rules.
 Config load_config(const std::string& path, const std::vector<std::string>& overrides = {},
                    int world_size = 0);
 
