@@ -30,7 +30,7 @@ TEST(Metrics, ColumnsDoNotOverlap) {
   EXPECT_EQ(metrics.layer_grad_norm.size, 3);
   EXPECT_EQ(metrics.expert_load.size, 8);
   EXPECT_EQ(step.value_size(), 3 + 2 + 2);
-  EXPECT_EQ(step.count_size(), 3 + 8);
+  EXPECT_EQ(step.count_size(), 3 + 8 + 2);
   EXPECT_EQ(metrics.expert_load.column, 3);
   RunHeader header;
   metrics.table.define(&header);
