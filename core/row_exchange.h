@@ -105,6 +105,10 @@ class RowExchange {
   // over the shards of an expert, 0 where a slot was dropped.
   virtual void start_scalars(const Route& route, int chunk, const Tensor& slot_scalars, Stream* stream) = 0;
   virtual void finish_scalars(const Route& route, const Tensor& scalars, Stream* stream) = 0;
+
+  // Seconds since construction in which this rank started messages of rows or waited for them: what an
+  // exchange costs beside packing.
+  virtual double seconds_moving() const { return 0; }
 };
 
 class Communicator;

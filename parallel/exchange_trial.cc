@@ -4,6 +4,8 @@
 #include <chrono>
 
 #include "core/random.h"
+#include "parallel/relay_transport.h"
+#include "parallel/row_labels.h"
 
 namespace hybridmoe {
 
@@ -62,6 +64,65 @@ void ExchangeTrial::combine() {
     exchange_->start_combine(route_, c, slot_rows_.rows(chunk.slot_begin, chunk.slot_end()), true, nullptr);
   }
   exchange_->finish_combine(route_, {}, rows_, nullptr);
+}
+
+TransportTrial::TransportTrial(Backend& backend, const Groups& groups, const TrialSize& size,
+                               const ExchangeOptions& options)
+    : place_{.ranks = groups.expert->size(),
+             .rank = groups.expert->rank(),
+             .shards = groups.expert_tensor,
+             .local_experts = size.experts / (groups.expert->size() / groups.expert_tensor),
+             .top_k = size.top_k,
+             .chunks = options.chunks},
+      transport_(options.hierarchical && groups.relays != nullptr
+                     ? make_relay_transport(*groups.expert, *groups.relays)
+                     : make_flat_transport(*groups.expert)) {
+  const std::int64_t n = size.tokens, k = size.top_k, most = place_.most_sent(n);
+  const DType C = backend.compute_type(), S = backend.statistics_type();
+  sent_.declare(memory_, place_, n, "trial");
+  memory_.add(&topk_, "trial choices", {n, k}, DType::I32, "trial");
+  memory_.add(&weights_, "trial weights", {n, k}, S, "trial");
+  memory_.add(&sent_topk_, "trial choices sent", {most, k}, DType::I32, "trial");
+  memory_.add(&sent_weights_, "trial weights sent", {most, k}, S, "trial");
+  memory_.add(&out_, "trial rows sent", {most, size.d}, C, "trial");
+  memory_.add(&in_, "trial rows received", {(place_.ranks - 1) * n, size.d}, C, "trial");
+  transport_->declare_shared(memory_, place_, {.n = n, .d = size.d, .compute = C, .statistics = S});
+  memory_.commit(backend);
+  choose_at_random(topk_, size.experts, groups.world->rank());
+  sent_.plan(place_, topk_, weights_, sent_topk_, sent_weights_);
+  counts_ = transport_->exchange_counts(sent_.counts_by_rank());
+  sent_.set_received(place_, counts_.received);
+}
+
+std::int64_t TransportTrial::rows_without_deduplication() const {
+  std::int64_t rows = 0;
+  for (std::int64_t i = 0; i < topk_.elements(); ++i) {
+    const std::int64_t part = topk_.ptr<std::int32_t>()[i] / place_.local_experts;
+    for (std::int64_t shard = 0; shard < place_.shards; ++shard) {
+      rows += part * place_.shards + shard != place_.rank;
+    }
+  }
+  return rows;
+}
+
+void TransportTrial::dispatch() { move(false); }
+void TransportTrial::combine() { move(true); }
+
+void TransportTrial::move(bool back) {
+  std::vector<Event> events;
+  for (int c = 1; c <= place_.chunks; ++c) {
+    const Tensor out = out_.rows(sent_.send_begin(c), sent_.send_begin(c + 1));
+    const Tensor in = in_.rows(sent_.recv_begin(c), sent_.recv_begin(c + 1));
+    events.push_back(transport_->move({.chunk = c,
+                                       .back = back,
+                                       .counts = &counts_,
+                                       .send = back ? in : out,
+                                       .recv = back ? out : in,
+                                       .send_rows = back ? sent_.recv_rows(c) : sent_.send_rows(c),
+                                       .recv_rows = back ? sent_.send_rows(c) : sent_.recv_rows(c),
+                                       .labels = back ? &kCombine : &kDispatch}));
+  }
+  for (const Event& event : events) event.wait();
 }
 
 TransportSeconds compare_transports(Backend& backend, const Groups& groups, const TrialSize& size,

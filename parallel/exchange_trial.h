@@ -9,6 +9,8 @@
 #include "core/groups.h"
 #include "core/memory_plan.h"
 #include "parallel/row_exchange.h"
+#include "parallel/row_transport.h"
+#include "parallel/sent_rows.h"
 
 namespace hybridmoe {
 
@@ -30,6 +32,7 @@ class ExchangeTrial {
   void combine();
 
   const Route& route() const { return route_; }
+  double seconds_moving() const { return exchange_->seconds_moving(); }
 
  private:
   TrialSize size_;
@@ -37,6 +40,37 @@ class ExchangeTrial {
   MemoryPlan memory_;
   Route route_;
   Tensor topk_, weights_, rows_, received_, slot_rows_;
+};
+
+// The same rows without packing: only their way between the ranks.
+class TransportTrial {
+ public:
+  TransportTrial(Backend& backend, const Groups& groups, const TrialSize& size,
+                 const ExchangeOptions& options);
+
+  // All chunks start, then all are waited for.
+  void dispatch();
+  void combine();
+
+  // Rows that this rank sends: one for each (token, rank), and what it would be with one for each choice.
+  std::int64_t rows_sent() const { return sent_.sent(); }
+  std::int64_t rows_without_deduplication() const;
+
+  // All chunks together, by rank.
+  std::vector<std::int64_t> send_rows() const { return sent_.rows_to_ranks(); }
+  std::vector<std::int64_t> recv_rows() const { return sent_.rows_from_ranks(); }
+  Tensor sent() const { return out_.rows(0, sent_.sent()); }
+  Tensor received() const { return in_.rows(0, sent_.received()); }
+
+ private:
+  void move(bool back);
+
+  ExchangePlace place_;
+  MemoryPlan memory_;
+  std::unique_ptr<RowTransport> transport_;
+  SentRows sent_;
+  RowCounts counts_;
+  Tensor topk_, weights_, sent_topk_, sent_weights_, out_, in_;
 };
 
 // Median seconds of a layer's plan, dispatch and combine, of the slowest rank of the world; the same number

@@ -14,8 +14,9 @@
 namespace hybridmoe {
 namespace {
 
-// Messages of all_to_all_rows; those of reduce_scatter have their own (parallel/mpi_reduce_scatter.h).
-constexpr int kRowsTag = 2;
+// Messages of all_to_all_rows; those of reduce_scatter have their own (parallel/mpi_reduce_scatter.h). Nobody
+// sends the third.
+constexpr int kRowsTag = 2, kNoTag = 3;
 
 class MpiCommunicator : public Communicator {
  public:
@@ -158,8 +159,11 @@ void MpiCommunicator::barrier(const char* label) {
   operation->wait();
 }
 
+// MPI moves the messages of all communicators of the process whenever it waits for any, and it does when it
+// is asked for a message that has not come. Operations cannot be asked: this group's may all be done.
 void MpiCommunicator::progress() {
-  for (const auto& operation : operations_) operation->test();
+  int arrived = 0;
+  MPI_Iprobe(rank_, kNoTag, comm_, &arrived, MPI_STATUS_IGNORE);
   progress_->advance();
 }
 

@@ -23,6 +23,10 @@ class MpiWorld {
   // By rank number of the world.
   const Hosts& hosts() const { return hosts_; }
 
+  // MPI's own communicator over the same ranks in the same order, for measurements; communicator() has its
+  // own traffic.
+  MPI_Comm raw() const { return ordered_; }
+
   // For MeshCommunicators over this world. Whoever waits on one of the communicators keeps all of them
   // moving.
   MakeCommunicator make_groups() const;

@@ -1,10 +1,12 @@
 #include "parallel/row_exchange.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <numeric>
 
 #include "parallel/relay_transport.h"
+#include "parallel/row_labels.h"
 #include "parallel/row_transport.h"
 #include "parallel/sent_rows.h"
 
@@ -12,18 +14,19 @@ namespace hybridmoe {
 
 namespace {
 
-// The hosts' own rows, those that a relay gathers, the messages between hosts, what a relay scatters.
-constexpr RowLabels kChoices{"route choices", "route choices within the host", "route choices to a relay",
-                             "route choices between hosts", "route choices from a relay"};
-constexpr RowLabels kWeights{"route weights", "route weights within the host", "route weights to a relay",
-                             "route weights between hosts", "route weights from a relay"};
-constexpr RowLabels kDispatch{"dispatch rows", "dispatch rows within the host", "dispatch rows to a relay",
-                              "dispatch rows between hosts", "dispatch rows from a relay"};
-constexpr RowLabels kCombine{"combine rows", "combine rows within the host", "combine rows to a relay",
-                             "combine rows between hosts", "combine rows from a relay"};
-constexpr RowLabels kScalars{"weight gradients", "weight gradients within the host",
-                             "weight gradients to a relay", "weight gradients between hosts",
-                             "weight gradients from a relay"};
+// Adds the time of its life.
+class Moving {
+ public:
+  explicit Moving(double* seconds) : seconds_(seconds) {}
+  ~Moving() { *seconds_ += std::chrono::duration<double>(Clock::now() - begin_).count(); }
+  Moving(const Moving&) = delete;
+  Moving& operator=(const Moving&) = delete;
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  double* seconds_;
+  Clock::time_point begin_ = Clock::now();
+};
 
 class AllToAllRowExchange : public RowExchange {
  public:
@@ -76,6 +79,7 @@ class AllToAllRowExchange : public RowExchange {
   void finish_combine(const Route& route, const Tensor& residual, const Tensor& y, Stream* stream) override;
   void start_scalars(const Route& route, int chunk, const Tensor& slot_scalars, Stream* stream) override;
   void finish_scalars(const Route& route, const Tensor& scalars, Stream* stream) override;
+  double seconds_moving() const override { return seconds_moving_; }
 
  private:
   // Buffers of one route beside those of the interface.
@@ -102,10 +106,12 @@ class AllToAllRowExchange : public RowExchange {
   RowMovement to_experts(const Route& route, int chunk, const Tensor& send, const Tensor& recv) const;
   RowMovement from_experts(const Route& route, int chunk, const Tensor& send, const Tensor& recv) const;
   void start(Event* event, const RowMovement& movement) {
+    const Moving counted(&seconds_moving_);
     *event = transport_->move(movement);
     if (!options_.overlap) event->wait();
   }
-  static void finish(Event* event) {
+  void finish(Event* event) {
+    const Moving counted(&seconds_moving_);
     event->wait();
     *event = Event();
   }
@@ -128,6 +134,7 @@ class AllToAllRowExchange : public RowExchange {
   Tensor sent_topk_, sent_weights_;        // (sent, k): beside the rows, by destination
   Tensor arrived_topk_, arrived_weights_;  // (received, k): by source
   std::vector<Event> dispatches_, combines_, scalars_;
+  double seconds_moving_ = 0;
 };
 
 void AllToAllRowExchange::declare(MemoryPlan& memory, Route* route, std::int64_t n, const std::string& name) {

@@ -16,6 +16,7 @@
 #include "parallel/mesh.h"
 #include "parallel/mpi_communicator.h"
 #include "parallel/mpi_world.h"
+#include "tools/exchange_bench.h"
 #include "tools/operator_bench.h"
 #include "tools/step_bench.h"
 
@@ -27,7 +28,8 @@ struct Options {
   std::vector<std::string> overrides;
   int threads = 0;
   double seconds = 0.2, step_seconds = 5;
-  bool no_operators = false, no_step = false, no_flush = false;
+  bool no_operators = false, no_step = false, no_flush = false, exchange = false;
+  int hosts = 0, rounds = 15;
 };
 
 // 0: go on; else the exit status plus one.
@@ -58,6 +60,12 @@ int parse(int argc, char** argv, Options* options) {
       ->capture_default_str();
   app.add_flag("--no_operators", options->no_operators, "skip the operators");
   app.add_flag("--no_step", options->no_step, "skip the training step");
+  app.add_flag("--exchange", options->exchange,
+               "instead: the exchange of rows between ranks that share the experts, against MPI_Alltoallv");
+  app.add_option("--rounds", options->rounds, "of the exchange")->capture_default_str();
+  app.add_option("--hosts", options->hosts,
+                 "take the ranks for so many hosts' (0: as they are), to try the hierarchical exchange")
+      ->capture_default_str();
   app.add_flag("--no_flush", options->no_flush, "leave the caches warm between runs of an operator");
   try {
     app.parse(argc, argv);
@@ -141,6 +149,23 @@ void print_limits(const MachineLimits& limits, Communicator& world, std::ostream
   out << text;
 }
 
+// Without a layout of its own the model's experts are dealt out to all ranks.
+void run_exchange(const Options& options, const MpiWorld& ranks, Backend& backend, Config model,
+                  std::ostream& out) {
+  Communicator& world = ranks.communicator();
+  ParallelConfig& parallel = *model.mutable_parallel();
+  if (!parallel.has_expert() && !parallel.has_expert_tensor()) parallel.set_expert(world.size());
+  complete(&model, model.model().vocabulary());
+  const auto violations = validate(model, world.size(), false);
+  require(violations.empty(), to_string(violations, model.name()));
+  const Mesh mesh(layout_of(parallel, world.size()), kv_heads_of(model.model()));
+  const MeshCommunicators communicators(mesh, world, ranks.make_groups(), ranks.hosts().of_rank);
+  require(
+      communicators.groups().expert->size() == world.size(),
+      "--exchange measures ranks that share one set of experts: expert * expert_tensor must be their number");
+  bench_exchange(backend, communicators.groups(), ranks, {.config = model, .rounds = options.rounds}, out);
+}
+
 void run(const Options& options, const MpiWorld& ranks) {
   Communicator& world = ranks.communicator();
   std::ostringstream nowhere;
@@ -148,8 +173,16 @@ void run(const Options& options, const MpiWorld& ranks) {
   const bool bf16 = options.precision == "bf16" || (options.precision == "auto" && cpu_multiplies_bf16());
   const auto backend = make_cpu_backend(
       {.compute_type = bf16 ? DType::BF16 : DType::F32, .threads = threads_of(options, world.size())});
+  backend->set_progress_hook([](void* all) { static_cast<Communicator*>(all)->progress(); }, &world);
   out << backend->name() << ", " << name_of(backend->compute_type())
       << (bf16 && !cpu_multiplies_bf16() ? " (emulated: converted to f32)" : "") << '\n';
+  if (options.exchange) {
+    for (const Config& model : models_of(options)) {
+      out << "\n" << model.name() << '\n';
+      run_exchange(options, ranks, *backend, model, out);
+    }
+    return;
+  }
   const MachineLimits limits = measure_limits(*backend, world);
   print_limits(limits, world, out);
   for (const Config& model : models_of(options)) {
@@ -181,7 +214,10 @@ int main(int argc, char** argv) {
   if (const int status = hybridmoe::parse(argc, argv, &options); status != 0) return status - 1;
   hybridmoe::MpiEnvironment mpi(&argc, &argv);
   try {
-    const hybridmoe::MpiWorld world;
+    const int part = options.hosts == 0 ? 0 : mpi.rank() * options.hosts / mpi.size();
+    const std::string host = hybridmoe::this_host();
+    const hybridmoe::MpiWorld world(MPI_COMM_WORLD,
+                                    options.hosts == 0 ? host : hybridmoe::cat(host, " part ", part));
     hybridmoe::run(options, world);
     return 0;
   } catch (const std::exception& error) {

@@ -27,6 +27,11 @@ TEST(Activity, KeepsTheLatestLabelsOfEachGroupAndWhereItIs) {
     EXPECT_EQ(activity.waiting().group, expert);
     EXPECT_EQ(activity.waiting().number, 1);
     EXPECT_STREQ(activity.waiting().label, "rows");
+    {
+      const Activity::Waiting inner(activity, {world, 10, "even"});
+      EXPECT_EQ(activity.waiting().number, 10);
+    }
+    EXPECT_STREQ(activity.waiting().label, "rows") << "the outer wait goes on";
   }
   EXPECT_EQ(activity.waiting().group, -1);
 }
