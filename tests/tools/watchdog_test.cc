@@ -19,7 +19,7 @@ namespace fs = std::filesystem;
 constexpr int kLimit = 3;       // seconds
 constexpr double kOpenMpi = 2;  // that mpirun takes to end a job
 constexpr double kSlowMachine =
-    3;  // beyond what the watchdog promises, for a machine that does other work too
+    10;  // beyond what the watchdog promises, for a machine that does other work too
 
 // A process that is known for good, and whether it has ended (its parent may not have noticed yet).
 struct Known {
