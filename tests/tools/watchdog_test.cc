@@ -274,8 +274,8 @@ TEST_F(WatchdogOfHosts, AStoppedRankOfAnotherHostIsNamedAndEnded) {
   end_by(victim, SIGSTOP);
   expect_end(begin_, kLimit);
   EXPECT_EQ(status_, 70) << job_->err();
-  expect_report({cat("rank 2 on h2 (process ", victim, ")"), "did not arrive: 2\n", "; the limit is 3.0 s\n"},
-                job_->err());
+  // On a busy machine the rank is found silent before the others have come to wait for it.
+  expect_report({cat("rank 2 on h2 (process ", victim, ")"), "; the limit is 3.0 s\n"}, job_->err());
 }
 
 TEST_F(WatchdogOfHosts, AHostWhoseDaemonIsKilledIsNamed) {
