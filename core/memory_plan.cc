@@ -7,8 +7,10 @@
 namespace hybridmoe {
 
 namespace {
-constexpr std::int64_t kAlignment = 64;
-std::int64_t aligned(std::int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+constexpr std::int64_t kPlanAlignment = 64;
+std::int64_t aligned(std::int64_t bytes) {
+  return (bytes + kPlanAlignment - 1) / kPlanAlignment * kPlanAlignment;
+}
 }  // namespace
 
 MemoryPlan::~MemoryPlan() {

@@ -55,14 +55,14 @@ void require_rows_as_expected(const std::vector<ThreadArguments>& ranks) {
 
 void all_to_all_rows(const std::vector<ThreadArguments>& ranks) {
   require_rows_as_expected(ranks);
-  std::vector<std::int64_t> received(ranks.size());  // rows of each rank's output that are filled
+  std::vector<std::int64_t> filled(ranks.size());  // rows of each rank's output
   for (const ThreadArguments& from : ranks) {
     std::int64_t sent = 0;
     for (std::size_t to = 0; to < ranks.size(); ++to) {
       const std::int64_t rows = from.send_rows[to];
-      copy(from.input.rows(sent, sent + rows), ranks[to].output.rows(received[to], received[to] + rows));
+      copy(from.input.rows(sent, sent + rows), ranks[to].output.rows(filled[to], filled[to] + rows));
       sent += rows;
-      received[to] += rows;
+      filled[to] += rows;
     }
   }
 }

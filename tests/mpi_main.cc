@@ -22,20 +22,20 @@ void report_timeout(int) {
   _exit(1);
 }
 
-class Timeout : public testing::EmptyTestEventListener {
-  void OnTestStart(const testing::TestInfo& test) override {
+class Timeout : public ::testing::EmptyTestEventListener {
+  void OnTestStart(const ::testing::TestInfo& test) override {
     std::snprintf(running_test, sizeof running_test, "%s.%s", test.test_suite_name(), test.name());
     alarm(kSecondsPerTest);
   }
-  void OnTestEnd(const testing::TestInfo&) override { alarm(0); }
+  void OnTestEnd(const ::testing::TestInfo&) override { alarm(0); }
 };
 
-class FailuresOfRank : public testing::EmptyTestEventListener {
+class FailuresOfRank : public ::testing::EmptyTestEventListener {
  public:
   explicit FailuresOfRank(int rank) : rank_(rank) {}
 
  private:
-  void OnTestPartResult(const testing::TestPartResult& result) override {
+  void OnTestPartResult(const ::testing::TestPartResult& result) override {
     if (!result.failed()) return;
     std::fprintf(stderr, "[rank %d, %s] %s:%d: %s\n", rank_, running_test,
                  result.file_name() == nullptr ? "?" : result.file_name(), result.line_number(),
@@ -47,10 +47,10 @@ class FailuresOfRank : public testing::EmptyTestEventListener {
 }  // namespace
 
 int main(int argc, char** argv) {
-  testing::InitGoogleTest(&argc, argv);
+  ::testing::InitGoogleTest(&argc, argv);
   hybridmoe::MpiEnvironment mpi(&argc, &argv);
   std::signal(SIGALRM, report_timeout);
-  auto& listeners = testing::UnitTest::GetInstance()->listeners();
+  auto& listeners = ::testing::UnitTest::GetInstance()->listeners();
   if (mpi.rank() > 0) {
     delete listeners.Release(listeners.default_result_printer());
     listeners.Append(new FailuresOfRank(mpi.rank()));

@@ -58,3 +58,5 @@ run_stoppable() {
 
 # Compiled objects are found again in the cache whichever copy of the tree they were built in.
 export CCACHE_NOHASHDIR=1
+# A precompiled header is found again by its content.
+export CCACHE_SLOPPINESS=pch_defines,time_macros

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kShardVersion = 1;
 constexpr char kMagic[9] = "HMoEshrd";
-constexpr std::int64_t kMagicBytes = 8, kTrailerBytes = 24, kAlignment = 64;
+constexpr std::int64_t kMagicBytes = 8, kTrailerBytes = 24, kPayloadAlignment = 64;
 constexpr std::size_t kChunkBytes = 8 << 20;  // hashed and written while it is in the cache
 
 struct Trailer {
@@ -32,7 +32,7 @@ void for_chunks(std::string_view bytes, const Use& use) {
 }
 
 void write_array(AtomicFile* file, const ShardArray& array, ShardTable::Array* entry) {
-  const std::int64_t gap = (kAlignment - file->bytes() % kAlignment) % kAlignment;
+  const std::int64_t gap = (kPayloadAlignment - file->bytes() % kPayloadAlignment) % kPayloadAlignment;
   file->write(std::string(static_cast<std::size_t>(gap), '\0'));
   entry->set_name(array.name);
   entry->set_offset(file->bytes());

@@ -6,7 +6,7 @@
 namespace hybridmoe::testing {
 namespace {
 
-constexpr double kEps = 1e-5;
+constexpr double kNormEps = 1e-5;
 
 struct NormShape {
   std::string name;
@@ -30,7 +30,7 @@ OperatorCase residual_norm_forward(const NormShape& s) {
     b.residual_norm_forward({.x = t["x"],
                              .branch = t["branch"],
                              .gain = t["gain"],
-                             .eps = kEps,
+                             .eps = kNormEps,
                              .sum = t["sum"],
                              .y = t["y"],
                              .rstd = t["rstd"]},
@@ -61,8 +61,8 @@ OperatorCase residual_norm_backward(const NormShape& s) {
                              b.main_stream());
   };
   c.prepare = [](Backend& b, const TensorSet& t) {
-    b.residual_norm_forward({.x = t["sum"], .gain = t["gain"], .eps = kEps, .y = t["y"], .rstd = t["rstd"]},
-                            b.main_stream());
+    b.residual_norm_forward(
+        {.x = t["sum"], .gain = t["gain"], .eps = kNormEps, .y = t["y"], .rstd = t["rstd"]}, b.main_stream());
   };
   c.loss = [s](const TensorSet& t) {
     const double skipped = s.branch ? projection(t, "skip", "sum", s.n * s.d) : 0;
@@ -117,7 +117,7 @@ HeadNormRopeForward forward_of(const HeadShape& s, const TensorSet& t) {
           .head_dim = s.head_dim,
           .norm = s.norm,
           .gain = t["gain"],
-          .eps = kEps,
+          .eps = kNormEps,
           .sumsq = t["sumsq"],
           .full_width = s.norm == HeadNormKind::FullWidth ? s.width() : 0,
           .rope_cos = t["cos"],

@@ -21,8 +21,8 @@ extern char** environ;
 namespace hybridmoe::watchdog {
 namespace {
 
-constexpr int kStartSeconds = 20;
-constexpr int kEndSeconds = 5;
+constexpr int kListenSeconds = 20;
+constexpr int kExitSeconds = 5;
 
 pid_t spawn(std::vector<std::string> arguments, int standard_output) {
   posix_spawn_file_actions_t files;
@@ -55,9 +55,9 @@ std::string read_offer(int descriptor) {
   std::string text;
   while (true) {
     pollfd ready{descriptor, POLLIN, 0};
-    const int events = ::poll(&ready, 1, kStartSeconds * 1000);
+    const int events = ::poll(&ready, 1, kListenSeconds * 1000);
     if (events < 0 && errno == EINTR) continue;
-    require(events != 0, "it did not say within ", kStartSeconds, " s where it listens");
+    require(events != 0, "it did not say within ", kListenSeconds, " s where it listens");
     char buffer[4096];
     const ssize_t got = ::read(descriptor, buffer, sizeof buffer);
     if (got < 0 && errno == EINTR) continue;
@@ -97,7 +97,7 @@ CollectorProcess::CollectorProcess(const CollectorOptions& options) {
 }
 
 CollectorProcess::~CollectorProcess() {
-  for (int wait = 0; wait < 100 * kEndSeconds; ++wait) {
+  for (int wait = 0; wait < 100 * kExitSeconds; ++wait) {
     if (::waitpid(process_, nullptr, WNOHANG) != 0) return;
     std::this_thread::sleep_for(std::chrono::milliseconds(10));
   }

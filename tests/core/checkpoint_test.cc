@@ -6,6 +6,7 @@
 #include "core/error.h"
 #include "core/files/checkpoint_directory.h"
 #include "core/files/checkpoint_reader.h"
+#include "tests/core/data_testing.h"
 #include "tests/flip_bit.h"
 #include "tests/small_disk.h"
 #include "tests/temporary_directory.h"
@@ -14,23 +15,17 @@ namespace hybridmoe {
 namespace {
 
 namespace fs = std::filesystem;
+using testing::error_of;
 
 std::vector<float> numbers(int count, float first = 0) {
   std::vector<float> values(static_cast<std::size_t>(count));
   std::iota(values.begin(), values.end(), first);
   return values;
 }
-Tensor view(std::vector<float>& values) { return {values.data(), DType::F32, {std::int64_t(values.size())}}; }
-
-template <class Call>
-std::string error_of(const Call& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
+Tensor tensor_of(std::vector<float>& values) {
+  return {values.data(), DType::F32, {std::int64_t(values.size())}};
 }
+
 bool contains(const std::string& text, const std::string& part) {
   return text.find(part) != std::string::npos;
 }
@@ -57,7 +52,7 @@ void save(const std::string& run_dir, std::int64_t step, float offset = 0) {
     }
     if (rank == 1) master.insert(master.end(), {7, 8, 9});
     for (const float value : master) m.push_back(-value);
-    const std::vector<ShardArray> arrays = {{"master", view(master)}, {"m", view(m)}};
+    const std::vector<ShardArray> arrays = {{"master", tensor_of(master)}, {"m", tensor_of(m)}};
     const ShardInfo info = write_shard(building + "/" + shard_name(rank), arrays);
     ShardRecord* record = manifest.add_shard();
     record->set_rank(rank);
@@ -97,7 +92,7 @@ TEST(ShardFile, RoundTripOfEveryType) {
   std::vector<std::int64_t> b = {1, -2, 3};
   std::vector<BFloat16> c = {BFloat16(1.5f)};
   const std::vector<ShardArray> arrays = {{"a", Tensor(a.data(), DType::F32, {10, 100})},
-                                          {"none", view(none)},
+                                          {"none", tensor_of(none)},
                                           {"b", {b.data(), DType::I64, {3}}},
                                           {"c", {c.data(), DType::BF16, {1}}}};
   const ShardInfo info = write_shard(path, arrays);
@@ -108,31 +103,32 @@ TEST(ShardFile, RoundTripOfEveryType) {
   EXPECT_EQ(reader.find("a").shape(1), 100);
   EXPECT_EQ(reader.find("b").offset() % 64, 0);
   std::vector<float> a2(1000), part(3);
-  reader.read("a", view(a2));
+  reader.read("a", tensor_of(a2));
   EXPECT_EQ(a, a2);
-  reader.read_unverified("a", 500, view(part));
+  reader.read_unverified("a", 500, tensor_of(part));
   EXPECT_EQ(part, numbers(3, 500));
   std::vector<std::int64_t> b2(3);
   reader.read("b", {b2.data(), DType::I64, {3}});
   EXPECT_EQ(b, b2);
   reader.verify("c");
-  EXPECT_THROW(reader.read("a", view(part)), Error);
-  EXPECT_THROW(reader.read("x", view(part)), Error);
-  EXPECT_THROW(reader.read_unverified("a", 998, view(part)), Error);
+  EXPECT_THROW(reader.read("a", tensor_of(part)), Error);
+  EXPECT_THROW(reader.read("x", tensor_of(part)), Error);
+  EXPECT_THROW(reader.read_unverified("a", 998, tensor_of(part)), Error);
 }
 
 TEST(ShardFile, PiecesLieOneBehindTheOther) {
   const TemporaryDirectory directory;
   std::vector<float> a = numbers(5), none, b = numbers(7, 5), whole(12);
-  const std::vector<ShardArray> arrays = {{"x", std::vector<Tensor>{view(a), view(none), view(b)}}};
+  const std::vector<ShardArray> arrays = {
+      {"x", std::vector<Tensor>{tensor_of(a), tensor_of(none), tensor_of(b)}}};
   write_shard(directory.file("shard"), arrays);
   const ShardReader reader(directory.file("shard"));
   EXPECT_EQ(reader.find("x").shape(0), 12);
-  reader.read("x", view(whole));
+  reader.read("x", tensor_of(whole));
   EXPECT_EQ(whole, numbers(12));
   std::vector<double> other = {1};
   const std::vector<ShardArray> mixed = {
-      {"x", std::vector<Tensor>{view(a), Tensor(other.data(), DType::F64, {1})}}};
+      {"x", std::vector<Tensor>{tensor_of(a), Tensor(other.data(), DType::F64, {1})}}};
   EXPECT_THROW(write_shard(directory.file("mixed"), mixed), Error);
   EXPECT_FALSE(fs::exists(directory.file("mixed")));
 }
@@ -141,12 +137,12 @@ TEST(ShardFile, FlippedBitNamesFileAndArray) {
   const TemporaryDirectory directory;
   const std::string path = directory.file("rank-00000.shard");
   std::vector<float> a = numbers(100), b = numbers(100, 5), target(100);
-  const std::vector<ShardArray> arrays = {{"a", view(a)}, {"b", view(b)}};
+  const std::vector<ShardArray> arrays = {{"a", tensor_of(a)}, {"b", tensor_of(b)}};
   write_shard(path, arrays);
   flip_bit(path, ShardReader(path).find("b").offset() + 17);
   const ShardReader reader(path);
-  reader.read("a", view(target));
-  const std::string error = error_of([&] { reader.read("b", view(target)); });
+  reader.read("a", tensor_of(target));
+  const std::string error = error_of([&] { reader.read("b", tensor_of(target)); });
   EXPECT_TRUE(contains(error, path) && contains(error, "array b")) << error;
   EXPECT_EQ(error, error_of([&] { reader.verify("b"); }));
 }
@@ -155,10 +151,10 @@ TEST(ShardFile, DamageAtEveryPlaceIsFound) {
   const TemporaryDirectory directory;
   const std::string path = directory.file("rank-00000.shard");
   std::vector<float> a = numbers(20), target(20);
-  const std::vector<ShardArray> arrays = {{"a", view(a)}};
+  const std::vector<ShardArray> arrays = {{"a", tensor_of(a)}};
   const std::int64_t size = write_shard(path, arrays).bytes;
   const std::int64_t array = ShardReader(path).find("a").offset();
-  const auto read = [&] { ShardReader(path).read("a", view(target)); };
+  const auto read = [&] { ShardReader(path).read("a", tensor_of(target)); };
   for (std::int64_t at = 0; at < size; ++at) {
     if (at >= 8 && at < array) continue;  // padding
     flip_bit(path, at);
@@ -180,17 +176,17 @@ TEST(Checkpoint, ParametersOfTheSlices) {
   EXPECT_EQ(reader.parameter("gain").shape(0), 3);
   EXPECT_EQ(reader.dtype("master"), DType::F32);
   std::vector<float> w(24), part(5), gain(3);
-  reader.read("w", "master", 0, view(w));
+  reader.read("w", "master", 0, tensor_of(w));
   for (int i = 0; i < 4; ++i) {
     for (int j = 0; j < 6; ++j) EXPECT_EQ(w[6 * i + j], 10 * i + j);
   }
-  reader.read("w", "m", 9, view(part));
+  reader.read("w", "m", 9, tensor_of(part));
   EXPECT_EQ(part, (std::vector<float>{-13, -14, -15, -20, -21}));
-  reader.read("gain", "master", 0, view(gain));
+  reader.read("gain", "master", 0, tensor_of(gain));
   EXPECT_EQ(gain, numbers(3, 7));
-  EXPECT_THROW(reader.read("gain", "master", 1, view(gain)), Error);
-  EXPECT_THROW(reader.read("none", "master", 0, view(gain)), Error);
-  EXPECT_THROW(reader.read("gain", "none", 0, view(gain)), Error);
+  EXPECT_THROW(reader.read("gain", "master", 1, tensor_of(gain)), Error);
+  EXPECT_THROW(reader.read("none", "master", 0, tensor_of(gain)), Error);
+  EXPECT_THROW(reader.read("gain", "none", 0, tensor_of(gain)), Error);
 }
 
 TEST(Checkpoint, ListAndPrune) {
@@ -212,7 +208,7 @@ TEST(Checkpoint, SavingAStepAgainReplacesIt) {
   EXPECT_EQ(steps_of(run.path()), (Steps{3}));
   EXPECT_FALSE(fs::exists(checkpoint_building_path(run.path(), 3)));
   std::vector<float> first(1);
-  CheckpointReader(checkpoint_path(run.path(), 3)).read("w", "master", 0, view(first));
+  CheckpointReader(checkpoint_path(run.path(), 3)).read("w", "master", 0, tensor_of(first));
   EXPECT_EQ(first[0], 1000);
 }
 
@@ -247,10 +243,10 @@ TEST(Checkpoint, DamageIsNamed) {
   std::vector<float> w(24);
 
   flip_bit(shard, 64 + 5);
-  std::string error = error_of([&] { CheckpointReader(directory).read("w", "master", 0, view(w)); });
+  std::string error = error_of([&] { CheckpointReader(directory).read("w", "master", 0, tensor_of(w)); });
   EXPECT_TRUE(contains(error, shard) && contains(error, "array master")) << error;
   flip_bit(shard, 64 + 5);
-  CheckpointReader(directory).read("w", "master", 0, view(w));
+  CheckpointReader(directory).read("w", "master", 0, tensor_of(w));
 
   flip_bit(manifest, 30);
   error = error_of([&] { read_manifest(directory); });
@@ -261,7 +257,7 @@ TEST(Checkpoint, DamageIsNamed) {
   save(run.path(), 10, 1);
   fs::copy_file(checkpoint_path(run.path(), 10) + "/" + shard_name(1), shard,
                 fs::copy_options::overwrite_existing);
-  error = error_of([&] { CheckpointReader(directory).read("w", "master", 0, view(w)); });
+  error = error_of([&] { CheckpointReader(directory).read("w", "master", 0, tensor_of(w)); });
   EXPECT_TRUE(contains(error, shard) && contains(error, "checksum differs")) << error;
 
   fs::resize_file(shard, fs::file_size(shard) - 1);
@@ -276,14 +272,14 @@ TEST(Checkpoint, FullDiskKeepsTheOlderOnes) {
   save(disk.path(), 1);
   std::vector<float> big = numbers(100000);
   const std::string building = begin_checkpoint(disk.path(), 2);
-  const std::vector<ShardArray> arrays = {{"master", view(big)}};
+  const std::vector<ShardArray> arrays = {{"master", tensor_of(big)}};
   const std::string path = building + "/" + shard_name(0);
   const std::string error = error_of([&] { write_shard(path, arrays); });
   EXPECT_TRUE(contains(error, path)) << error;
   EXPECT_FALSE(fs::exists(path));
   EXPECT_EQ(steps_of(disk.path()), (Steps{1}));
   std::vector<float> w(24);
-  CheckpointReader(checkpoint_path(disk.path(), 1)).read("w", "master", 0, view(w));
+  CheckpointReader(checkpoint_path(disk.path(), 1)).read("w", "master", 0, tensor_of(w));
   abandon_checkpoint(disk.path(), 2);
   EXPECT_FALSE(fs::exists(building));
   save(disk.path(), 3);

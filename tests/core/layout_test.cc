@@ -6,8 +6,8 @@
 namespace hybridmoe {
 namespace {
 
-using testing::ElementsAre;
-using testing::IsEmpty;
+using ::testing::ElementsAre;
+using ::testing::IsEmpty;
 
 std::size_t legal_layouts(int world, const LayoutDemands& demands) {
   return nearest_layouts({.world = world}, demands, 1000).size();

@@ -13,10 +13,12 @@
 namespace hybridmoe {
 namespace {
 
-Tensor view(std::vector<double>& values) {
+Tensor tensor_of(std::vector<double>& values) {
   return {values.data(), DType::F64, {std::int64_t(values.size())}};
 }
-Tensor view(std::vector<float>& values) { return {values.data(), DType::F32, {std::int64_t(values.size())}}; }
+Tensor tensor_of(std::vector<float>& values) {
+  return {values.data(), DType::F32, {std::int64_t(values.size())}};
+}
 
 // Names that JSON must escape, a scalar, an empty tensor, three types.
 void write_sample(const std::string& path) {
@@ -29,9 +31,9 @@ void write_sample(const std::string& path) {
                             {"größe", DType::F32, {}},
                             {"c", DType::BF16, {2, 1}}},
                            {{"step", "12"}});
-  writer.append(view(a).flat(0, 2));  // in parts
-  writer.append(view(a).flat(2, 6));
-  writer.append(view(b));
+  writer.append(tensor_of(a).flat(0, 2));  // in parts
+  writer.append(tensor_of(a).flat(2, 6));
+  writer.append(tensor_of(b));
   writer.append({c.data(), DType::BF16, {2}});
   writer.commit();
 }
@@ -73,12 +75,12 @@ TEST(Safetensors, RoundTrip) {
   ASSERT_EQ(reader.entries().size(), 4u);
   EXPECT_EQ(reader.metadata().at("step"), "12");
   std::vector<double> tail(4);
-  reader.read("layers.0.\"qkv\"\\\n", 2, view(tail));
+  reader.read("layers.0.\"qkv\"\\\n", 2, tensor_of(tail));
   EXPECT_EQ(tail, (std::vector<double>{3e300, 4, 5, 6}));
   std::vector<float> wrong_type(6);
-  EXPECT_THROW(reader.read("layers.0.\"qkv\"\\\n", 0, view(wrong_type)), Error);
-  EXPECT_THROW(reader.read("layers.0.\"qkv\"\\\n", 3, view(tail)), Error);
-  EXPECT_THROW(reader.read("none", 0, view(tail)), Error);
+  EXPECT_THROW(reader.read("layers.0.\"qkv\"\\\n", 0, tensor_of(wrong_type)), Error);
+  EXPECT_THROW(reader.read("layers.0.\"qkv\"\\\n", 3, tensor_of(tail)), Error);
+  EXPECT_THROW(reader.read("none", 0, tensor_of(tail)), Error);
 }
 
 TEST(Safetensors, MistakesOfTheCaller) {
@@ -90,8 +92,8 @@ TEST(Safetensors, MistakesOfTheCaller) {
   EXPECT_THROW(SafetensorsWriter(path, {{"\xff", DType::F32, {1}}}), Error);
   {
     SafetensorsWriter writer(path, {{"a", DType::F64, {5}}});
-    EXPECT_THROW(writer.append(view(values)), Error);
-    writer.append(view(values).flat(0, 4));
+    EXPECT_THROW(writer.append(tensor_of(values)), Error);
+    writer.append(tensor_of(values).flat(0, 4));
     EXPECT_THROW(writer.commit(), Error);
   }
   EXPECT_TRUE(std::filesystem::is_empty(directory.path()));
@@ -127,7 +129,7 @@ TEST(Safetensors, FullDiskLeavesNothing) {
   EXPECT_THROW(
       {
         SafetensorsWriter writer(disk.path() + "/model.safetensors", {{"a", DType::F64, {100000}}});
-        writer.append(view(values));
+        writer.append(tensor_of(values));
         writer.commit();
       },
       Error);

@@ -6,7 +6,7 @@
 namespace hybridmoe {
 namespace {
 
-using testing::ElementsAre;
+using ::testing::ElementsAre;
 
 TEST(Hosts, InTheOrderOfTheirLowestRank) {
   const Hosts hosts = hosts_of({"z", "a", "z", "m", "a"});

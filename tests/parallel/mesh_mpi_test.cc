@@ -55,7 +55,7 @@ TEST(MpiWorld, KeepsTheOrderOfRanksOnOneHost) {
   MPI_Comm_size(MPI_COMM_WORLD, &size);
   EXPECT_EQ(world.communicator().rank(), rank);
   EXPECT_EQ(world.hosts().count(), 1);
-  EXPECT_THAT(world.hosts().of_rank, testing::Each(0));
+  EXPECT_THAT(world.hosts().of_rank, ::testing::Each(0));
   EXPECT_EQ(std::ssize(world.hosts().of_rank), size);
 }
 

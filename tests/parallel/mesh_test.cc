@@ -10,7 +10,7 @@
 namespace hybridmoe {
 namespace {
 
-using testing::ElementsAre;
+using ::testing::ElementsAre;
 
 constexpr Group kGroups[] = {Group::World,  Group::Data,         Group::Tensor,    Group::KeyValue,
                              Group::Expert, Group::ExpertTensor, Group::ExpertData};

@@ -52,8 +52,8 @@ std::vector<T> results_of(Communicator& world) {
 
 template <class T>
 class ThreadsAndMpi : public ::testing::Test {};
-using Numbers = ::testing::Types<double, float, BFloat16, std::int64_t, std::int32_t>;
-TYPED_TEST_SUITE(ThreadsAndMpi, Numbers);
+using NumbersOfBoth = ::testing::Types<double, float, BFloat16, std::int64_t, std::int32_t>;
+TYPED_TEST_SUITE(ThreadsAndMpi, NumbersOfBoth);
 
 TYPED_TEST(ThreadsAndMpi, GiveTheSameBits) {
   const auto world = make_mpi_communicator(MPI_COMM_WORLD, make_mpi_progress());

@@ -11,7 +11,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-class CheckIncludes : public testing::Test {
+class CheckIncludes : public ::testing::Test {
  protected:
   void SetUp() override {
     for (const char* folder : {"proto", "core", "moe", "parallel", "launcher", "tools", "tests"}) {
