@@ -24,10 +24,26 @@ StopSignal::StopSignal() {
   action.sa_flags = SA_RESTART;
   sigemptyset(&action.sa_mask);
   for (std::size_t i = 0; i < std::size(kSignals); ++i) sigaction(kSignals[i], &action, &former_[i]);
+  sigset_t signals;
+  sigemptyset(&signals);
+  for (const int number : kSignals) sigaddset(&signals, number);
+  pthread_sigmask(SIG_BLOCK, &signals, &former_mask_);
+  receiver_ = std::thread([this, signals] {
+    pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);
+    std::unique_lock lock(mutex_);
+    end_.wait(lock, [&] { return ending_; });
+  });
 }
 
 StopSignal::~StopSignal() {
+  {
+    const std::lock_guard lock(mutex_);
+    ending_ = true;
+  }
+  end_.notify_one();
+  receiver_.join();
   for (std::size_t i = 0; i < std::size(kSignals); ++i) sigaction(kSignals[i], &former_[i], nullptr);
+  pthread_sigmask(SIG_SETMASK, &former_mask_, nullptr);
   installed = false;
 }
 
