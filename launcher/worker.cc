@@ -266,8 +266,10 @@ void Worker::choose_backend() {
   layout->set_expert(groups_.expert->size() / groups_.expert_tensor);
   layout->set_expert_tensor(groups_.expert_tensor);
   layout->set_threads(threads_);
-  say(world(), cat(config_.name(), ": ", world().size(), world().size() == 1 ? " rank" : " ranks", ", ",
-                   backend_->name(), ", precision ", Precision_Name(precision_), " (", reason, ")"));
+  const int hosts = ranks_.hosts().count();
+  say(world(), cat(config_.name(), ": ", world().size(), world().size() == 1 ? " rank" : " ranks",
+                   hosts > 1 ? cat(" on ", hosts, " hosts") : "", ", ", backend_->name(), ", precision ",
+                   Precision_Name(precision_), " (", reason, ")"));
   if (transport_) say(world(), cat("exchange ", transport_->value(), ": ", transport_->reason()));
 }
 

@@ -4,6 +4,7 @@
 
 #include "parallel/watchdog/process_info.h"
 #include "parallel/watchdog/socket.h"
+#include "tests/tools/emulated_hosts.h"
 #include "tests/tools/training_job.h"
 
 namespace hybridmoe {
@@ -198,27 +199,11 @@ TEST_F(WatchdogOfJob, TrainingGoesOnWhenThereIsNoCollector) {
 class WatchdogOfHosts : public WatchdogOfJob {
  protected:
   void SetUp() override {
-    Process attempt({"unshare", "--uts", "sh", "-c", "hostname h1"}, {}, path("unshare"));
-    if (attempt.wait() != 0) {
-      GTEST_SKIP() << "hosts cannot be emulated: `unshare --uts` is not permitted here: " << attempt.err();
-    }
-    write("agent", "#!/bin/sh\nh=$1; shift; exec unshare --uts sh -c \"hostname $h; $*\"\n");
-    fs::permissions(path("agent"), fs::perms::owner_all);
-    std::vector<std::string> command = {"mpirun", "--bind-to", "none",  "--oversubscribe", "-np",        "4",
-                                        "--host", "h1:2,h2:2", "--mca", "plm_rsh_agent",   path("agent")};
-    for (const char* setting : {"mpi_yield_when_idle 1", "btl_tcp_if_include lo", "oob_tcp_if_include lo"}) {
-      const std::string text = setting;
-      command.insert(command.end(),
-                     {"--mca", text.substr(0, text.find(' ')), text.substr(text.find(' ') + 1)});
-    }
-    command.push_back(testing::kTrain);
-    for (const std::string& each : endless()) command.push_back(each);
-    job_ =
-        std::make_unique<Process>(command,
-                                  std::map<std::string, std::string>{{"OMPI_ALLOW_RUN_AS_ROOT", "1"},
-                                                                     {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"},
-                                                                     {"OMP_NUM_THREADS", "1"}},
-                                  path("job"));
+    const testing::EmulatedHosts hosts(path("."));
+    if (!hosts.why_not().empty()) GTEST_SKIP() << hosts.why_not();
+    std::vector<std::string> program = endless();
+    program.insert(program.begin(), testing::kTrain);
+    job_ = std::make_unique<Process>(hosts.command(2, 2, program), hosts.environment(), path("job"));
     wait_for_steps([this] { return job_->out(); }, [this] { return job_->running(); });
     const std::string environment = read_text(cat("/proc/", pid(0), "/environ")), name = "PMIX_NAMESPACE=";
     const std::size_t at = environment.find(name);
