@@ -6,6 +6,7 @@
 #include "core/error.h"
 #include "core/telemetry/log_verify.h"
 #include "tools/log_export.h"
+#include "tools/log_report.h"
 #include "tools/log_summary.h"
 
 namespace hybridmoe {
@@ -15,6 +16,7 @@ constexpr int kCorrupt = 3;  // exit status of verify
 
 struct Options {
   std::string run, mode = "tolerate-tail", output;
+  std::vector<std::string> runs;
   bool json = false, csv = false;
   LogExport what;
 };
@@ -47,6 +49,16 @@ int export_log(const Options& options) {
   out.flush();
   require(out.good(), options.output.empty() ? "standard output" : options.output,
           ": writing failed; is the disk full?");
+  return 0;
+}
+
+int report(const Options& options) {
+  std::ofstream file(options.output, std::ios::binary);
+  require(file.good(), options.output, ": cannot write this file");
+  write_report(options.runs, file);
+  file.close();
+  require(file.good(), options.output, ": writing failed; is the disk full?");
+  std::cout << options.output << ": open it in a browser\n";
   return 0;
 }
 
@@ -94,6 +106,11 @@ int run(int argc, char** argv) {
                            "also steps that a later attempt computed again");
   export_command->add_option("--output", options.output, "file to write (default: standard output)");
 
+  CLI::App* report_command = app.add_subcommand(
+      "report", "One page of HTML that explains runs: losses, layers, router, timing, events, configuration");
+  report_command->add_option("RUN", options.runs, "run directories; several are overlaid")->required();
+  report_command->add_option("--html", options.output, "file to write")->required();
+
   CLI::App* verify_command = app.add_subcommand(
       "verify", "Checks framing, checksums, definitions and that no step is missing; exit status 0 or 3");
   add_run(verify_command);
@@ -105,6 +122,7 @@ int run(int argc, char** argv) {
   }
   if (*summary_command) return summary(options);
   if (*export_command) return export_log(options);
+  if (*report_command) return report(options);
   return verify(options);
 }
 

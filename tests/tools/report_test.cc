@@ -1,0 +1,300 @@
+// The report page: what it holds, read from its text; and what it shows, in a real browser that clicks and
+// zooms.
+#include <cmath>
+#include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
+
+#include "core/telemetry/log_writer.h"
+#include "core/telemetry/metrics.h"
+#include "tests/temporary_directory.h"
+#include "tests/tools/process.h"
+#include "tools/log_report.h"
+#include "tools/report_data.h"
+
+namespace hybridmoe {
+namespace {
+
+using ReportJson = nlohmann::json;
+using testing::Process;
+using testing::read_text;
+
+constexpr int kReportSteps = 400, kReportLayers = 3, kReportExperts = 4, kSpike = 250, kSpikeLayer = 1;
+
+// A run of three layers, the upper two with experts. At step 250 layer 1's gradient is 50 times its size and
+// the update is left out; expert 2 of layer 2 gets nothing from step 200 on; a second attempt starts from
+// step 301.
+class Report : public ::testing::Test {
+ protected:
+  Report() {
+    if (!report_is_built()) return;
+    write_run("first", 3e-4);
+    write_run("second", 1e-3);
+  }
+
+  void write_run(const std::string& name, double rate) {
+    using D = MetricDefinition;
+    MetricTable table;
+    const auto entry = [](const std::string& label, int layer, const std::string& kind) {
+      MetricAxis::Entry made;
+      made.set_label(label);
+      made.set_layer(layer);
+      made.set_kind(kind);
+      return made;
+    };
+    std::vector<MetricAxis::Entry> gradient, layers, moe, experts;
+    for (int l = 0; l < kReportLayers; ++l) {
+      for (const char* kind : {"qkv", "up"}) gradient.push_back(entry(cat("layer_", l, ".", kind), l, kind));
+      layers.push_back(entry(cat("layer_", l), l, ""));
+      if (l > 0) moe.push_back(layers.back());
+    }
+    gradient.push_back(entry("head", -1, "head"));
+    for (int e = 0; e < kReportExperts; ++e) experts.push_back(entry(cat(e), -1, ""));
+    const int a = table.axis("gradient", gradient), b = table.axis("layer", layers);
+    const int c = table.axis("moe_layer", moe), d = table.axis("expert", experts);
+    const Metric loss = table.scalar("loss", "nat/token", D::SUM, ""),
+                 norm = table.scalar("grad_norm", "", D::SUM, "");
+    const Metric seconds = table.scalar("step_seconds", "s", D::FIRST, "");
+    const Metric forward = table.scalar("forward_seconds", "s", D::FIRST, "");
+    const Metric grads = table.value("layer_grad_norm", "", D::SUM, {a}, "");
+    const Metric resid = table.value("resid_rms", "", D::SUM, {b}, ""),
+                 back = table.value("dresid_norm", "", D::SUM, {b}, "");
+    const Metric load = table.count("expert_load", "token", D::SUM, {c, d}, "");
+    RunHeader header;
+    table.define(&header);
+    header.mutable_config()->set_steps(kReportSteps);
+    header.mutable_config()->set_name("</script><b>name</b>");  // must not end the page's data
+    header.mutable_config()->mutable_optimizer()->set_learning_rate(rate);
+    const auto write = [&](int first, int last) {
+      header.set_resume_step(first);
+      LogWriter log(telemetry_directory(runs_.path() + "/" + name), header, {});
+      for (int step = first; step <= last; ++step) {
+        StepRecord record = table.make_step(step);
+        const double factor = step == kSpike ? 50 : 1;
+        set_metric(&record, loss, 6.0 / std::sqrt(step));
+        set_metric(&record, norm, factor);
+        set_metric(&record, seconds, 0.5);
+        set_metric(&record, forward, 0.2);
+        for (int l = 0; l < kReportLayers; ++l) {
+          metric_values(&record, grads)[2 * l] = static_cast<float>(3e-2 * (l == kSpikeLayer ? factor : 1));
+          metric_values(&record, grads)[2 * l + 1] = 4e-2f;
+          metric_values(&record, resid)[l] = static_cast<float>(1 << l);
+          metric_values(&record, back)[l] = static_cast<float>(8 >> l);
+        }
+        for (int i = 0; i < 2 * kReportExperts; ++i) metric_counts(&record, load)[i] = 10;
+        if (step >= 200) metric_counts(&record, load)[kReportExperts + 2] = 0;
+        log.step(std::move(record));
+        if (step == kSpike || step == 200) {
+          EventRecord event;
+          event.set_kind(step == 200 ? EventRecord::CHECKPOINT_SAVED : EventRecord::SKIP);
+          event.set_step(step);
+          event.set_message(step == 200 ? "saved" : "layer 1 blew up");
+          log.event(std::move(event));
+        }
+      }
+      log.close();
+    };
+    write(1, 320);
+    write(301, kReportSteps);
+  }
+  std::string run(const std::string& name) const { return runs_.path() + "/" + name; }
+  // The page of these runs, written by the program.
+  std::string page(const std::vector<std::string>& names) {
+    std::vector<std::string> command = {std::string(HYBRIDMOE_BIN_DIR) + "/hybridmoe-log", "report"};
+    for (const std::string& name : names) command.push_back(run(name));
+    const std::string path = runs_.path() + "/report.html";
+    command.insert(command.end(), {"--html", path});
+    Process program(command, {}, runs_.path() + "/log");
+    EXPECT_EQ(program.wait(), 0) << program.err();
+    return path;
+  }
+  // Results of a browser's steps; nothing when there is no browser.
+  ReportJson browse(const std::string& page, const ReportJson& steps) {
+    std::ofstream(runs_.path() + "/steps.json") << steps.dump();
+    Process browser({"sh", "-c",
+                     std::string(HYBRIDMOE_SOURCE_DIR) + "/tests/tools/browser " + page + " < " +
+                         runs_.path() + "/steps.json"},
+                    {}, runs_.path() + "/browser");
+    const int status = browser.wait(120);
+    if (status == 77) return {};
+    EXPECT_EQ(status, 0) << browser.out() << browser.err();
+    return status == 0 ? ReportJson::parse(browser.out()) : ReportJson();
+  }
+
+  TemporaryDirectory runs_;
+};
+
+#define NEEDS_REPORT() \
+  if (!report_is_built()) GTEST_SKIP() << "this build has no charting library (libjs-dygraphs)"
+
+TEST_F(Report, HoldsEverythingItself) {
+  NEEDS_REPORT();
+  const std::string text = read_text(page({"first"}));
+  for (const char* outside : {"<script src", "<link", "<img", "@import", "url("}) {
+    EXPECT_EQ(text.find(outside), std::string::npos) << outside;
+  }
+  const std::string begin = "<script id=\"data\" type=\"application/json\">";
+  const std::size_t at = text.find(begin) + begin.size();
+  const ReportJson data = ReportJson::parse(text.substr(at, text.find("</script>", at) - at));
+  ASSERT_EQ(data["runs"].size(), 1u);
+  const ReportJson& run = data["runs"][0];
+  EXPECT_EQ(run["name"], "first");
+  EXPECT_EQ(run["facts"]["attempts"].size(), 2u);
+  EXPECT_EQ(run["facts"]["attempts"][0]["superseded"], 20);
+  EXPECT_EQ(run["column_steps"].size(), kReportSteps + 1u);
+  EXPECT_EQ(run["coarse_steps"].size(), 201u);
+  EXPECT_EQ(run["dense"]["layer_grad_norm"]["rows"][2], (ReportJson{"layer_1.qkv", 1, "qkv"}));
+  EXPECT_NE(run["facts"]["config"].get<std::string>().find("</script><b>name</b>"), std::string::npos);
+}
+
+TEST_F(Report, ASpikeOfOneStepSurvivesGathering) {
+  NEEDS_REPORT();
+  const ReportData data = gather_report(telemetry_directory(run("first")), 16, 8);
+  EXPECT_EQ(data.column_steps.size(), 17u);
+  EXPECT_EQ(data.column_steps.front(), 1);
+  EXPECT_EQ(data.column_steps.back(), kReportSteps + 1);
+  ASSERT_EQ(data.dense.front().name, "layer_grad_norm");
+  const DenseColumns& norm = data.dense.front();
+  ASSERT_EQ(norm.labels[2], "layer_1.qkv");
+  for (int column = 0; column < 16; ++column) {  // 25 steps each; 250 is the last of the tenth
+    EXPECT_EQ(norm.values[2 * 16 + column], column == 9 ? 1.5f : 3e-2f) << column;
+  }
+  ASSERT_EQ(data.coarse.front().name, "expert_load");
+  const DenseColumns& load = data.coarse.front();
+  ASSERT_EQ(load.labels[6], "layer_2/2");
+  for (int column = 0; column < 8; ++column) {  // means of 50 steps; without a token from step 200 on
+    const float expected = column < 3 ? 10 : column == 3 ? 9.8f : 0;
+    EXPECT_NEAR(load.values[6 * 8 + column], expected, 1e-5) << column;
+  }
+}
+
+TEST_F(Report, MistakesAreSaid) {
+  NEEDS_REPORT();
+  Process nothing({std::string(HYBRIDMOE_BIN_DIR) + "/hybridmoe-log", "report", runs_.path() + "/none",
+                   "--html", runs_.path() + "/none.html"},
+                  {}, runs_.path() + "/log");
+  EXPECT_EQ(nothing.wait(), 1);
+  EXPECT_NE(nothing.err().find("none"), std::string::npos) << nothing.err();
+}
+
+TEST_F(Report, InABrowser) {
+  NEEDS_REPORT();
+  const std::string file = page({"first"});
+  // Where the spike's cell of the heat map is.
+  const ReportJson place = {
+      {"script",
+       "const m = report.heat().map, c = 249; return [m.left + (c + 0.5) / m.columns * m.width, "
+       "(m.rows - 1 - 1 + 0.5) * m.row, m.columns, m.rows]"}};
+  const ReportJson first = browse(file, {place, {{"console", true}}});
+  if (first.is_null()) GTEST_SKIP() << "no Chromium with chromedriver here";
+  ASSERT_EQ(first.size(), 2u);
+  EXPECT_EQ(first[1], ReportJson::array()) << "messages on the console";
+  const double x = first[0][0], y = first[0][1];
+  EXPECT_EQ(first[0][2], kReportSteps);
+  EXPECT_EQ(first[0][3], kReportLayers + 1);
+
+  const ReportJson range = {{"script",
+                             "return [report.charts.loss.xAxisRange(), report.charts.norm.xAxisRange(), "
+                             "report.charts.layer.xAxisRange()]"}};
+  const auto pixel = [](const std::string& canvas, const std::string& at) {
+    return ReportJson{{"script", "const c = document.getElementById('" + canvas +
+                                     "').getContext('2d'); return Array.from(" + "c.getImageData(" + at +
+                                     ", 1, 1).data).slice(0, 3)"}};
+  };
+  const std::string spike = cat(static_cast<int>(x) + 0, ", ", static_cast<int>(y)),
+                    calm = cat(static_cast<int>(x) - 100, ", ", static_cast<int>(y));
+  const ReportJson result = browse(
+      file,
+      {pixel("heat", spike),                 // 0
+       pixel("heat", calm),                  // 1
+       {{"on", "heat"}, {"click", {x, y}}},  // 2
+       {{"script",
+         "return [report.picked.layer, report.picked.step, "
+         "document.getElementById('layer-title').textContent]"}},
+       {{"script",
+         "const g = report.charts.layer; return [g.getLabels(), g.numRows(), g.getValue(249, 1), "
+         "g.getValue(248, 1)]"}},
+       {{"script",
+         "const g = report.charts.gain; return [[0, 1, 2].map((l) => g.getValue(l, 1)), [0, 1, 2].map((l) => "
+         "g.getValue(l, 2))]"}},
+       range,                                             // 6
+       {{"on", "loss"}, {"drag", {400, 100, 700, 100}}},  // 7
+       range,                                             // 8
+       {{"on", "loss"}, {"double_click", {500, 100}}},    // 9
+       range,                                             // 10
+       {{"script",
+         "return [report.charts.loss.numRows(), report.charts.loss.getValue(99, 1), "
+         "report.charts.loss.marksDrawn, "
+         "report.marks().map((m) => m.kind + m.step)]"}},  // 11
+       {{"script",
+         "const s = document.getElementById('router-layer'); s.value = 1; s.dispatchEvent(new "
+         "Event('change')); "
+         "return [...document.querySelectorAll('#router-table tr')].map((r) => r.className + '|' + "
+         "r.textContent)"}},
+       {{"script", "return [...document.querySelectorAll('#events tr')].map((r) => r.textContent)"}},  // 13
+       {{"script", "return document.getElementById('lead').textContent"}},                             // 14
+       {{"console", true}}});
+  ASSERT_EQ(result.size(), 16u);
+  // The spike is bright, what lies beside it is not.
+  EXPECT_GT(result[0][1].get<int>(), 200) << result[0] << result[1];
+  EXPECT_LT(result[1][1].get<int>(), 100) << result[0] << result[1];
+  EXPECT_EQ(result[3][0], kSpikeLayer);
+  EXPECT_EQ(result[3][1], kSpike);
+  EXPECT_EQ(result[3][2], "Layer 1: gradient norm by kind of tensor");
+  EXPECT_EQ(result[4][0], (ReportJson{"step", "qkv", "up"}));
+  EXPECT_EQ(result[4][1], kReportSteps);
+  EXPECT_NEAR(result[4][2].get<double>(), 1.5, 1e-3);
+  EXPECT_NEAR(result[4][3].get<double>(), 0.03, 1e-5);
+  // Forward: layer 1 over layer 0, 2 over 1; backward: 0 over 1, 1 over 2.
+  EXPECT_TRUE(result[5][0][0].is_null());
+  EXPECT_NEAR(result[5][0][1].get<double>(), 2, 1e-3);
+  EXPECT_NEAR(result[5][1][1].get<double>(), 2, 1e-3);
+  EXPECT_TRUE(result[5][1][2].is_null());
+  // All charts zoom together, and back.
+  EXPECT_LE(result[6][0][0].get<double>(), 1);
+  EXPECT_GT(result[8][0][0].get<double>(), 80) << result[8];
+  EXPECT_LT(result[8][0][1].get<double>(), 300) << result[8];
+  for (int chart : {1, 2}) {
+    for (int end : {0, 1})
+      EXPECT_NEAR(result[8][chart][end].get<double>(), result[8][0][end].get<double>(), 1e-6) << result[8];
+  }
+  EXPECT_EQ(result[10], result[6]);
+  EXPECT_EQ(result[11][0], kReportSteps);
+  EXPECT_NEAR(result[11][1].get<double>(), 0.6, 1e-6);
+  EXPECT_EQ(result[11][2], 3);
+  EXPECT_EQ(result[11][3], (ReportJson{"CHECKPOINT_SAVED200", "SKIP250", "RESTART301"}));
+  EXPECT_NE(result[12][2].get<std::string>().find("bad|layer_2"), std::string::npos) << result[12];
+  EXPECT_NE(result[12][2].get<std::string>().find("1 of 4"), std::string::npos) << result[12];
+  EXPECT_EQ(result[12][1].get<std::string>().find("bad"), std::string::npos) << result[12];
+  EXPECT_NE(result[13][2].get<std::string>().find("layer 1 blew up"), std::string::npos) << result[13];
+  EXPECT_NE(result[14].get<std::string>().find("1 × skip"), std::string::npos) << result[14];
+  for (const ReportJson& message : result[15]) {  // the test's own reading of pixels may be called slow
+    EXPECT_NE(message.get<std::string>().find("willReadFrequently"), std::string::npos) << message;
+  }
+}
+
+TEST_F(Report, SeveralRunsAreOverlaid) {
+  NEEDS_REPORT();
+  const ReportJson result =
+      browse(page({"first", "second"}),
+             {{{"script", "return [report.charts.loss.getLabels(), report.charts.loss.numRows()]"}},
+              {{"script",
+                "return [...document.querySelectorAll('#difference-table tr')].map((r) => "
+                "[...r.cells].map((c) => c.textContent))"}},
+              {{"script",
+                "const s = document.getElementById('run'); s.value = 1; s.dispatchEvent(new "
+                "Event('change')); return [s.offsetWidth > 0, "
+                "document.getElementById('lead').textContent]"}},
+              {{"console", true}}});
+  if (result.is_null()) GTEST_SKIP() << "no Chromium with chromedriver here";
+  ASSERT_EQ(result.size(), 4u);
+  EXPECT_EQ(result[0][0], (ReportJson{"step", "first", "second"}));
+  EXPECT_EQ(result[0][1], kReportSteps);
+  EXPECT_EQ(result[1],
+            (ReportJson{{"field", "first", "second"}, {"optimizer.learning_rate", "0.0003", "0.001"}}));
+  EXPECT_EQ(result[2][0], true);
+  EXPECT_EQ(result[2][1].get<std::string>().find("second:"), 0u);
+  EXPECT_EQ(result[3], ReportJson::array());
+}
+
+}  // namespace
+}  // namespace hybridmoe

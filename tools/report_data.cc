@@ -1,0 +1,139 @@
+#include "tools/report_data.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "core/error.h"
+
+namespace hybridmoe {
+namespace {
+
+// Equal parts of the steps: the first step of each, and one past the last.
+std::vector<std::int64_t> parts_of(const std::vector<std::int64_t>& steps, int most) {
+  std::vector<std::int64_t> parts;
+  if (steps.empty()) return parts;
+  const auto count = static_cast<std::int64_t>(steps.size());
+  const std::int64_t columns = std::min<std::int64_t>(most, count);
+  for (std::int64_t c = 0; c < columns; ++c)
+    parts.push_back(steps[static_cast<std::size_t>(c * count / columns)]);
+  parts.push_back(steps.back() + 1);
+  return parts;
+}
+
+// Where a metric lies in the records of one attempt.
+struct Source {
+  const MetricDefinition* metric = nullptr;
+  DenseColumns* target = nullptr;
+  bool coarse = false;
+};
+
+class Gatherer {
+ public:
+  explicit Gatherer(ReportData* data) : data_(*data) {
+    const RunHeader& header = data_.log.newest_header();
+    for (const MetricDefinition& metric : header.metric()) {
+      if (metric.storage() == MetricDefinition::SCALAR || metric.axis_size() > 2) continue;
+      const bool coarse = metric.axis_size() == 2;
+      DenseColumns columns;
+      columns.name = metric.name();
+      columns.labels = element_labels(header, metric);
+      const auto& first = header.axis(metric.axis(0)).entry();
+      columns.rows.assign(first.begin(), first.end());
+      if (coarse) {
+        for (const MetricAxis::Entry& entry : header.axis(metric.axis(1)).entry())
+          columns.second.push_back(entry.label());
+      }
+      const auto& parts = coarse ? data_.coarse_steps : data_.column_steps;
+      columns.columns = parts.empty() ? 0 : static_cast<int>(parts.size()) - 1;
+      const std::size_t size = columns.labels.size() * static_cast<std::size_t>(columns.columns);
+      columns.values.assign(size, std::numeric_limits<float>::quiet_NaN());
+      (coarse ? data_.coarse : data_.dense).push_back(std::move(columns));
+    }
+    counted_.resize(data_.coarse_steps.empty() ? 0 : data_.coarse_steps.size() - 1);
+  }
+
+  void take(const LogEntry& entry) {
+    const StepRecord& step = entry.record.step();
+    if (step.value_size() + step.count_size() == 0) return;
+    if (&entry.header != header_) learn(entry.header);
+    const int fine = column_of(data_.column_steps, step.step()),
+              coarse = column_of(data_.coarse_steps, step.step());
+    if (fine < 0) return;
+    for (const Source& source : sources_) add(step, source, source.coarse ? coarse : fine);
+    ++counted_[static_cast<std::size_t>(coarse)];
+  }
+
+  // Means of what was summed.
+  void finish() {
+    for (DenseColumns& columns : data_.coarse) {
+      for (std::size_t i = 0; i < columns.values.size(); ++i) {
+        const std::int64_t steps = counted_[i % static_cast<std::size_t>(columns.columns)];
+        if (steps > 0) columns.values[i] /= static_cast<float>(steps);
+      }
+    }
+  }
+
+ private:
+  // The definitions may differ between attempts; a metric is found by name and must have the same elements.
+  void learn(const RunHeader& header) {
+    header_ = &header;
+    sources_.clear();
+    for (auto* list : {&data_.dense, &data_.coarse}) {
+      for (DenseColumns& columns : *list) {
+        const MetricDefinition* metric = find_metric(header, columns.name);
+        if (metric == nullptr || metric->storage() == MetricDefinition::SCALAR) continue;
+        if (element_labels(header, *metric) != columns.labels) continue;
+        sources_.push_back({metric, &columns, list == &data_.coarse});
+      }
+    }
+  }
+  static int column_of(const std::vector<std::int64_t>& parts, std::int64_t step) {
+    const auto behind = std::upper_bound(parts.begin(), parts.end(), step);
+    if (behind == parts.begin() || behind == parts.end()) return -1;
+    return static_cast<int>(behind - parts.begin()) - 1;
+  }
+  static void add(const StepRecord& step, const Source& source, int column) {
+    DenseColumns& columns = *source.target;
+    const int first = source.metric->column(), size = static_cast<int>(columns.labels.size());
+    const bool counts = source.metric->storage() == MetricDefinition::COUNT;
+    if (first + size > (counts ? step.count_size() : step.value_size())) return;
+    float* to = columns.values.data() + column;
+    for (int i = 0; i < size; ++i, to += columns.columns) {
+      float value = counts ? static_cast<float>(step.count(first + i)) : step.value(first + i);
+      if (std::isnan(value)) value = std::numeric_limits<float>::infinity();  // NaN: no step had it
+      if (std::isnan(*to)) {
+        *to = value;
+      } else if (source.coarse) {
+        *to += value;
+      } else if (!(std::fabs(value) <= std::fabs(*to))) {
+        *to = value;
+      }
+    }
+  }
+
+  ReportData& data_;
+  const RunHeader* header_ = nullptr;
+  std::vector<Source> sources_;
+  std::vector<std::int64_t> counted_;  // steps, by coarse column
+};
+
+}  // namespace
+
+ReportData gather_report(const std::string& directory, int columns, int coarse_columns) {
+  ReportData data(directory, {.scalars_only = true});
+  require(!data.log.attempts().empty(), directory, ": the log holds no whole record yet");
+  data.column_steps = parts_of(data.log.steps(), columns);
+  data.coarse_steps = parts_of(data.log.steps(), coarse_columns);
+  Gatherer gatherer(&data);
+  LogReader reader(directory);
+  reader.poll([&](const LogEntry& entry) {
+    if (!entry.record.has_step()) return;
+    if (entry.record.step().step() >= reader.superseded_from(entry.segment.attempt)) return;
+    gatherer.take(entry);
+  });
+  gatherer.finish();
+  return data;
+}
+
+}  // namespace hybridmoe
