@@ -18,7 +18,7 @@ namespace {
 
 using ReportJson = nlohmann::ordered_json;
 
-constexpr int kColumns = 1000, kCoarseColumns = 200;
+constexpr std::size_t kMostMeans = 4000;
 constexpr std::size_t kMostEvents = 2000;
 static_assert(std::endian::native == std::endian::little, "the page reads little-endian arrays");
 
@@ -78,6 +78,21 @@ ReportJson dense_json(const DenseColumns& columns) {
   return json;
 }
 
+// Means of so many neighbours each, of those that are finite.
+std::vector<float> means_of(const std::vector<double>& column, std::size_t stride) {
+  if (stride == 1) return {column.begin(), column.end()};
+  std::vector<float> means;
+  for (std::size_t begin = 0; begin < column.size(); begin += stride) {
+    double sum = 0;
+    int count = 0;
+    for (std::size_t i = begin; i < std::min(begin + stride, column.size()); ++i) {
+      if (std::isfinite(column[i])) sum += column[i], ++count;
+    }
+    means.push_back(static_cast<float>(count > 0 ? sum / count : NAN));
+  }
+  return means;
+}
+
 ReportJson scalars_json(const RunLog& log) {
   ReportJson json = ReportJson::object();
   const RunHeader& header = log.newest_header();
@@ -86,10 +101,13 @@ ReportJson scalars_json(const RunLog& log) {
     const std::vector<double>& column = log.column(metric.name());
     if (std::none_of(column.begin(), column.end(), [](double value) { return std::isfinite(value); }))
       continue;
-    // Of a long run the less telling scalars come in single precision at every n-th step.
+    const bool every_step =
+        metric.name() == "loss" || metric.name() == "cross_entropy" || metric.name() == "grad_norm";
+    const std::size_t stride = every_step ? 1 : (column.size() + kMostMeans - 1) / kMostMeans;
     json[metric.name()] = {{"unit", metric.unit()},
                            {"definition", metric.definition()},
-                           {"data", base64(std::vector<float>(column.begin(), column.end()))}};
+                           {"stride", stride},
+                           {"data", base64(means_of(column, stride))}};
   }
   return json;
 }
@@ -153,7 +171,7 @@ ReportJson facts_json(const RunLog& log) {
 }
 
 ReportJson run_json(const std::string& run, bool whole) {
-  const ReportData data = gather_report(find_log_directory(run), kColumns, kCoarseColumns);
+  const ReportData data = gather_report(find_log_directory(run));
   std::filesystem::path path(run);
   if (!path.has_filename()) path = path.parent_path();
   const std::vector<std::int64_t>& steps = data.log.steps();

@@ -120,11 +120,21 @@ class Gatherer {
 
 }  // namespace
 
-ReportData gather_report(const std::string& directory, int columns, int coarse_columns) {
+ReportData gather_report(const std::string& directory, const ReportLimits& limits) {
   ReportData data(directory, {.scalars_only = true});
   require(!data.log.attempts().empty(), directory, ": the log holds no whole record yet");
-  data.column_steps = parts_of(data.log.steps(), columns);
-  data.coarse_steps = parts_of(data.log.steps(), coarse_columns);
+  std::int64_t fine = 1, coarse = 1;  // elements of all metrics of a step
+  const RunHeader& header = data.log.newest_header();
+  for (const MetricDefinition& metric : header.metric()) {
+    if (metric.axis_size() == 1) fine += metric_size(header, metric);
+    if (metric.axis_size() == 2) coarse += metric_size(header, metric);
+  }
+  const auto columns = [](int most, std::int64_t elements, std::int64_t of_a_step) {
+    return static_cast<int>(std::clamp<std::int64_t>(elements / of_a_step, std::min(most, 16), most));
+  };
+  data.column_steps = parts_of(data.log.steps(), columns(limits.columns, limits.elements, fine));
+  data.coarse_steps =
+      parts_of(data.log.steps(), columns(limits.coarse_columns, limits.coarse_elements, coarse));
   Gatherer gatherer(&data);
   LogReader reader(directory);
   reader.poll([&](const LogEntry& entry) {

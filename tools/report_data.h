@@ -33,7 +33,13 @@ struct ReportData {
   std::vector<DenseColumns> coarse;  // those of two axes, in fewer columns
 };
 
+// Metrics of two axes get fewer columns. `elements`: of all metrics of a sort together.
+struct ReportLimits {
+  int columns = 1000, coarse_columns = 200;
+  std::int64_t elements = 1500000, coarse_elements = 800000;
+};
+
 // Reads a log whole: once its scalars, once its dense metrics. Throws Error as RunLog does.
-ReportData gather_report(const std::string& directory, int columns, int coarse_columns);
+ReportData gather_report(const std::string& directory, const ReportLimits& limits = {});
 
 }  // namespace hybridmoe

@@ -148,7 +148,8 @@ TEST_F(Report, HoldsEverythingItself) {
 
 TEST_F(Report, ASpikeOfOneStepSurvivesGathering) {
   NEEDS_REPORT();
-  const ReportData data = gather_report(telemetry_directory(run("first")), 16, 8);
+  const ReportData data =
+      gather_report(telemetry_directory(run("first")), {.columns = 16, .coarse_columns = 8});
   EXPECT_EQ(data.column_steps.size(), 17u);
   EXPECT_EQ(data.column_steps.front(), 1);
   EXPECT_EQ(data.column_steps.back(), kReportSteps + 1);
@@ -270,6 +271,32 @@ TEST_F(Report, InABrowser) {
   for (const ReportJson& message : result[15]) {  // the test's own reading of pixels may be called slow
     EXPECT_NE(message.get<std::string>().find("willReadFrequently"), std::string::npos) << message;
   }
+}
+
+TEST_F(Report, LongCurvesAreThinnedWithoutLosingASpike) {
+  NEEDS_REPORT();
+  const std::string rows =
+      "const rows = Array.from({length: 100000}, (_, i) => [i, i === 77777 ? 9 : Math.sin(i), i % 10]);";
+  const ReportJson result = browse(
+      page({"first"}),
+      {{{"script", rows +
+                       "const t = report.thinned(rows, null); return [t.length, t[0][0], t[t.length - 1][0], "
+                       "t.filter((r) => r[1] === 9).map((r) => r[0]), t.every((r, i) => i === 0 || r[0] > "
+                       "t[i - 1][0])]"}},
+       {{"script",
+         rows +
+             "const t = report.thinned(rows, [500, 600]); return [t.length, t[0][0], t[t.length - 1][0]]"}},
+       {{"script",
+         rows + "const a = report.averaged(rows, 10); return [a.length, a[3][2], a[9][2], a[50000][2]]"}}});
+  if (result.is_null()) GTEST_SKIP() << "no Chromium with chromedriver here";
+  ASSERT_EQ(result.size(), 3u);
+  EXPECT_LT(result[0][0].get<int>(), 8000);
+  EXPECT_EQ(result[0][1], 0);
+  EXPECT_EQ(result[0][2], 99999);
+  EXPECT_EQ(result[0][3], ReportJson{77777});
+  EXPECT_EQ(result[0][4], true);
+  EXPECT_EQ(result[1], (ReportJson{103, 499, 601}));
+  EXPECT_EQ(result[2], (ReportJson{100000, 1.5, 4.5, 4.5}));
 }
 
 TEST_F(Report, SeveralRunsAreOverlaid) {

@@ -34,7 +34,7 @@ function load(raw) {
                spikes: raw.spikes || []};
   for (const [name, scalar] of Object.entries(raw.scalars)) {
     run.scalars[name] = new Float32Array(bytesOf(scalar.data));
-    run.scalars[name].unit = scalar.unit;
+    run.scalars[name].stride = scalar.stride;  // steps that each is the mean of
   }
   for (const [name, dense] of Object.entries(raw.dense || {})) {
     run.dense[name] = {rows: dense.rows.map(([label, layer, kind]) => ({label, layer, kind})), columns: dense.columns,
@@ -101,13 +101,14 @@ function showHeading() {
 
 const linked = new Set();  // charts that zoom together
 let linking = false;
+function show(chart, range) {
+  chart.updateOptions({dateWindow: range, ...(chart.shownRows ? {file: thinned(chart.shownRows, range)} : {})});
+}
 function follow(chart) {
   if (linking) return;
   linking = true;
-  const range = chart.xAxisRange();
-  for (const other of linked) {
-    if (other !== chart) other.updateOptions({dateWindow: chart.isZoomed('x') ? range : null});
-  }
+  const range = chart.isZoomed('x') ? chart.xAxisRange() : null;
+  for (const each of linked) show(each, range);
   linking = false;
 }
 const marksOf = (r) => {
@@ -170,6 +171,9 @@ function chartOver(div, rows, labels, options) {
 // A row per step that any run has; null where a run has none.
 function overlay(name) {
   const fallback = name === 'loss' ? 'cross_entropy' : name, columns = runs.map((r) => r.scalars[name] || r.scalars[fallback]);
+  if (runs.length === 1) {
+    return Array.from(run.steps, (step, i) => [step, columns[0] && Number.isFinite(columns[0][i]) ? columns[0][i] : NaN]);
+  }
   const rows = new Map();
   runs.forEach((r, k) => {
     for (let i = 0; columns[k] && i < r.steps.length; ++i) {
@@ -180,16 +184,65 @@ function overlay(name) {
   });
   return [...rows.values()].sort((a, b) => a[0] - b[0]);
 }
+// Means over the `roll` rows up to each, of what is there.
+function averaged(rows, roll) {
+  if (roll <= 1) return rows;
+  const width = rows.length ? rows[0].length : 0, sums = new Array(width).fill(0), counts = new Array(width).fill(0);
+  return rows.map((row, i) => {
+    for (let k = 1; k < width; ++k) {
+      const gone = i >= roll ? rows[i - roll][k] : NaN;
+      if (Number.isFinite(row[k]) && row[k] !== null) sums[k] += row[k], ++counts[k];
+      if (Number.isFinite(gone) && gone !== null) sums[k] -= gone, --counts[k];
+    }
+    return [row[0], ...row.slice(1).map((v, k) => v === null ? null : counts[k + 1] ? sums[k + 1] / counts[k + 1] : NaN)];
+  });
+}
+// The rows of a range, at most some thousands: of more, those with a line's least or greatest value of its neighbours,
+// which draw the same picture.
+function thinned(rows, range) {
+  const below = (x) => {
+    let low = 0, high = rows.length;
+    while (low < high) rows[(low + high) >> 1][0] < x ? (low = ((low + high) >> 1) + 1) : (high = (low + high) >> 1);
+    return low;
+  };
+  const from = range ? Math.max(0, below(range[0]) - 1) : 0, to = range ? Math.min(rows.length, below(range[1]) + 2) : rows.length;
+  const most = 1500, kept = [];
+  if (to - from <= 2 * most) return rows.slice(from, to);
+  const width = Math.ceil((to - from) / most);
+  for (let begin = from; begin < to; begin += width) {
+    const end = Math.min(begin + width, to), chosen = new Set([begin]);
+    for (let k = 1; k < rows[begin].length; ++k) {
+      let least = -1, greatest = -1;
+      for (let i = begin; i < end; ++i) {
+        const v = rows[i][k];
+        if (v === null) continue;
+        if (Number.isNaN(v)) chosen.add(i);
+        if (least < 0 || v < rows[least][k]) least = i;
+        if (greatest < 0 || v > rows[greatest][k]) greatest = i;
+      }
+      if (least >= 0) chosen.add(least).add(greatest);
+    }
+    kept.push(...[...chosen].sort((a, b) => a - b).map((i) => rows[i]));
+  }
+  if (kept[kept.length - 1] !== rows[to - 1]) kept.push(rows[to - 1]);
+  return kept;
+}
 const names = runs.map((r, k) => runs.some((o, j) => j !== k && o.name === r.name) ? `${r.name} (${k + 1})` : r.name);
 const charts = {};
 function showCourse() {
-  const options = {colors: runColours};
-  charts.loss = chartOver($('loss'), overlay('loss'), ['step', ...names], options);
-  charts.norm = chartOver($('norm'), overlay('grad_norm'), ['step', ...names], {...options, logscale: true});
+  const make = (div, name, options) => {
+    const every = overlay(name), chart = chartOver(div, thinned(every), ['step', ...names], {colors: runColours, ...options});
+    chart.everyRow = chart.shownRows = every;
+    return chart;
+  };
+  charts.loss = make($('loss'), 'loss', {});
+  charts.norm = make($('norm'), 'grad_norm', {logscale: true});
   $('average').addEventListener('change', (event) => {
     const roll = Math.max(1, Number(event.target.value) || 1);
-    charts.loss.updateOptions({rollPeriod: roll});
-    charts.norm.updateOptions({rollPeriod: roll});
+    for (const chart of [charts.loss, charts.norm]) {
+      chart.shownRows = averaged(chart.everyRow, roll);
+      show(chart, charts.loss.isZoomed('x') ? charts.loss.xAxisRange() : null);
+    }
   });
   $('log-norm').addEventListener('change', (event) => charts.norm.updateOptions({logscale: event.target.checked}));
 }
@@ -361,7 +414,7 @@ function showLayer() {
   }
   charts.layer = chartOver($('layer'), rows, ['step', ...elements.map((e) => e.kind || e.label)],
                            {logscale: true, highlightSeriesOpts: {strokeWidth: 2.5}});
-  if (charts.loss && charts.loss.isZoomed('x')) charts.layer.updateOptions({dateWindow: charts.loss.xAxisRange()});
+  if (charts.loss.isZoomed('x')) charts.layer.updateOptions({dateWindow: charts.loss.xAxisRange()});
 }
 // Forward: RMS of the residual stream over that of the block below; backward: d_l / d_(l+1).
 function gains(column) {
@@ -473,7 +526,7 @@ function showTimes() {
     charts.times = null;
   }
   const parts = ['forward', 'backward', 'communication', 'optimizer', 'data'].filter((p) => run.scalars[`${p}_seconds`]);
-  const total = run.scalars.step_seconds, n = run.steps.length;
+  const total = run.scalars.step_seconds, n = total ? total.length : 0;
   $('time').hidden = !total || !parts.length || !n;
   if ($('time').hidden) return;
   const width = Math.ceil(n / 1000), rows = [];
@@ -483,7 +536,7 @@ function showTimes() {
       return some.reduce((a, b) => a + b, 0) / Math.max(1, some.length);
     };
     const means = parts.map((p) => mean(run.scalars[`${p}_seconds`]));
-    rows.push([run.steps[i], ...means, Math.max(0, mean(total) - means.reduce((a, b) => a + b, 0))]);
+    rows.push([run.steps[i * total.stride], ...means, Math.max(0, mean(total) - means.reduce((a, b) => a + b, 0))]);
   }
   charts.times = chartOver($('times'), rows, ['step', ...parts, 'rest'],
                            {stackedGraph: true, ylabel: 'seconds', strokeWidth: 0.7, includeZero: true});
@@ -544,7 +597,6 @@ if (runs.length > 1) {
 }
 showCourse();
 showRun();
-for (const chart of [charts.loss, charts.norm]) chart.updateOptions({});
 $('heat-metric').addEventListener('change', showHeat);
 $('heat').addEventListener('mousemove', readHeat);
 $('heat').addEventListener('click', (event) => {
@@ -565,5 +617,5 @@ window.addEventListener('resize', () => {
   }, 100);
 });
 // What a test looks at.
-window.report = {runs, charts, picked, heat: () => heat, marks: () => marks};
+window.report = {runs, charts, picked, heat: () => heat, marks: () => marks, thinned, averaged};
 })();
