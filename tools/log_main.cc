@@ -8,6 +8,8 @@
 #include "tools/log_export.h"
 #include "tools/log_report.h"
 #include "tools/log_summary.h"
+#include "tools/log_tables.h"
+#include "tools/log_why.h"
 
 namespace hybridmoe {
 namespace {
@@ -16,8 +18,11 @@ constexpr int kCorrupt = 3;  // exit status of verify
 
 struct Options {
   std::string run, mode = "tolerate-tail", output;
-  std::vector<std::string> runs;
   bool json = false, csv = false;
+  std::int64_t step = 0;
+  bool dead = false;
+  std::vector<std::string> runs;
+  CompareRequest compare;
   LogExport what;
 };
 
@@ -77,6 +82,33 @@ int verify(const Options& options) {
   return kCorrupt;
 }
 
+int why(const Options& options) {
+  const Explanation explanation =
+      explain(find_log_directory(options.run), read_options(options).mode, options.step);
+  (options.json ? print_explanation_json : print_explanation)(explanation, std::cout);
+  return 0;
+}
+
+int router(const Options& options) {
+  constexpr std::size_t kPoints = 120;  // over time, in JSON
+  const RouterReport report =
+      report_routers(find_log_directory(options.run), read_options(options).mode, kPoints);
+  if (options.json) {
+    print_routers_json(report, std::cout);
+  } else {
+    print_routers(report, options.dead, std::cout);
+  }
+  return 0;
+}
+
+int compare(const Options& options) {
+  std::vector<std::string> directories;
+  for (const std::string& run : options.runs) directories.push_back(find_log_directory(run));
+  const Comparison comparison = compare_runs(directories, read_options(options).mode, options.compare);
+  (options.json ? print_comparison_json : print_comparison)(comparison, std::cout);
+  return 0;
+}
+
 int run(int argc, char** argv) {
   CLI::App app("Reads the telemetry of a training run.");
   app.require_subcommand(1);
@@ -115,6 +147,34 @@ int run(int argc, char** argv) {
       "verify", "Checks framing, checksums, definitions and that no step is missing; exit status 0 or 3");
   add_run(verify_command);
 
+  CLI::App* why_command = app.add_subcommand(
+      "why", "What went wrong: the first sign, its layer, tensor, data, lead over the loss");
+  add_run(why_command);
+  add_mode(why_command);
+  why_command->add_option("--step", options.step, "the incident at or near this step (default: the first)")
+      ->check(CLI::PositiveNumber);
+  why_command->add_flag("--json", options.json, "for programs");
+
+  CLI::App* router_command =
+      app.add_subcommand("router", "Loads of the experts per MoE layer: balance, collapse, dead experts");
+  add_run(router_command);
+  add_mode(router_command);
+  router_command->add_flag("--dead", options.dead, "only the experts that receive no token any more");
+  router_command->add_flag("--json", options.json, "for programs");
+
+  CLI::App* compare_command = app.add_subcommand("compare", "A metric of several runs side by side");
+  compare_command->add_option("RUN", options.runs, "run directories")->required();
+  add_mode(compare_command);
+  compare_command->add_option("--metric", options.compare.metric, "which (default: grad_norm)");
+  compare_command->add_option("--by", options.compare.by, "what makes a row (default: layer)")
+      ->check(CLI::IsMember({"layer", "kind", "element", "total"}));
+  compare_command->add_option("--kind", options.compare.kinds, "tensor kinds to take (up,down; default: all)")
+      ->delimiter(',');
+  options.compare.at = {"1", "last"};
+  compare_command->add_option("--at", options.compare.at, "steps, first, last (default: 1,last)")
+      ->delimiter(',');
+  compare_command->add_flag("--json", options.json, "for programs");
+
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
@@ -123,6 +183,9 @@ int run(int argc, char** argv) {
   if (*summary_command) return summary(options);
   if (*export_command) return export_log(options);
   if (*report_command) return report(options);
+  if (*why_command) return why(options);
+  if (*router_command) return router(options);
+  if (*compare_command) return compare(options);
   return verify(options);
 }
 

@@ -1,5 +1,6 @@
 #include "core/telemetry/log_reader.h"
 
+#include <algorithm>
 #include <filesystem>
 #include <limits>
 
@@ -30,6 +31,14 @@ bool matching_index(const LogSegment& segment, std::vector<Record>* records) {
   const std::int64_t end_bytes = static_cast<std::int64_t>(payload.size()) + kRecordOverhead;
   const auto log_bytes = static_cast<std::int64_t>(std::filesystem::file_size(segment.path));
   return records->back().segment_end().log_bytes() + end_bytes == log_bytes;
+}
+
+bool holds_a_step_of(const std::vector<StepRange>& ranges, const SegmentEnd& end) {
+  for (const StepRange& range : ranges) {
+    const auto step = std::lower_bound(end.step().begin(), end.step().end(), range.first);
+    if (step != end.step().end() && *step <= range.last) return true;
+  }
+  return false;
 }
 
 }  // namespace
@@ -114,6 +123,7 @@ bool LogReader::read_index(std::size_t index, const std::function<void(const Log
   const LogSegment& segment = segments_[index];
   std::vector<Record> records;
   if (!matching_index(segment, &records)) return false;
+  if (holds_a_step_of(options_.dense, records.back().segment_end())) return false;
   const RunHeader& header = headers_.at(segment.attempt);
   const SegmentEnd end = records.back().segment_end();
   std::size_t next_event = 0;

@@ -15,11 +15,17 @@
 
 namespace hybridmoe {
 
+struct StepRange {
+  std::int64_t first = 0, last = 0;  // both inside
+};
+
 struct LogReadOptions {
   ReadMode mode = ReadMode::TolerateTail;
   // Take the steps of finished segments from their indices: without dense arrays, but fast.
   // The last segment is read in full.
   bool scalars_only = false;
+  std::vector<StepRange> dense =
+      {};  // with scalars_only: segments with a step in one of these are read in full
 };
 
 // A record and where it stands.

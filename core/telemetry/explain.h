@@ -1,0 +1,23 @@
+// From the log of a run to the explanation of one of its incidents.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "core/telemetry/attribution.h"
+
+namespace hybridmoe {
+
+struct Explanation {
+  Attribution attribution;
+  std::vector<Incident> incidents;  // all that the scalar metrics show, ascending
+  std::int64_t first_step = 0, last_step = 0;
+  double olmo2_score = 0, olmo_core_score = 0;  // of the gradient norm, in [0, 1]
+};
+
+// `step` 0: the first incident of the run; where the scalars show none, its routers are looked at, which
+// reads the whole log. Throws Error when the log cannot be read or does not have the step.
+Explanation explain(const std::string& directory, ReadMode mode, std::int64_t step);
+
+}  // namespace hybridmoe

@@ -1,0 +1,212 @@
+#include "core/telemetry/incidents.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace hybridmoe {
+namespace {
+
+constexpr std::int64_t kSameIncident = 32;  // steps between parts of one
+
+struct FiniteSteps {
+  std::vector<std::int64_t> steps;
+  std::vector<double> values;
+};
+
+// Steps of a column except those where the update was skipped: they are incidents of their own.
+FiniteSteps finite_steps(const ScalarSeries& series, const std::string& name) {
+  FiniteSteps result;
+  const std::vector<double>& values = series.column(name);
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    if (!std::isfinite(values[i])) continue;
+    result.steps.push_back(series.steps[i]);
+    result.values.push_back(values[i]);
+  }
+  return result;
+}
+
+void add_spikes(const ScalarSeries& series, const std::string& metric, std::vector<Incident>* incidents) {
+  const bool norm = metric == "grad_norm";
+  const FiniteSteps finite = finite_steps(series, metric);
+  const auto kind = norm ? SpikeDetector::Kind::Norm : SpikeDetector::Kind::Loss;
+  for (const SpikeEpisode& episode : find_spikes(kind, finite.steps, finite.values)) {
+    Incident incident{Incident::Kind::Spike, episode.first_step, episode.last_step, metric};
+    (norm ? incident.norm_step : incident.loss_step) = episode.first_step;
+    incident.peak = episode.peak;
+    incident.baseline = episode.baseline;
+    incidents->push_back(incident);
+  }
+}
+
+void add_nonfinite(const ScalarSeries& series, std::vector<Incident>* incidents) {
+  const std::vector<double>&loss = series.column("loss"), &norm = series.column("grad_norm"),
+        &skipped = series.column("skipped");
+  for (std::size_t i = 0; i < series.steps.size(); ++i) {
+    const bool bad_loss = !loss.empty() && !std::isfinite(loss[i]);
+    const bool bad_norm = !norm.empty() && !std::isfinite(norm[i]);
+    const bool left_out = !skipped.empty() && skipped[i] > 0;
+    if (!bad_loss && !bad_norm && !left_out) continue;
+    Incident incident{Incident::Kind::NonFinite, series.steps[i], series.steps[i],
+                      bad_loss ? "loss" : (bad_norm ? "grad_norm" : "skipped")};
+    if (bad_loss) incident.loss_step = series.steps[i];
+    if (bad_norm) incident.norm_step = series.steps[i];
+    incident.peak = std::numeric_limits<double>::quiet_NaN();
+    incident.baseline = incident.peak;
+    incidents->push_back(incident);
+  }
+}
+
+void add_replicas(const ScalarSeries& series, std::vector<Incident>* incidents) {
+  const std::vector<double>& mismatches = series.column("replica_mismatches");
+  for (std::size_t i = 0; i < mismatches.size(); ++i) {
+    if (!(mismatches[i] > 0)) continue;
+    Incident incident{Incident::Kind::Replica, series.steps[i], series.steps[i], "replica_mismatches"};
+    incident.peak = mismatches[i];
+    incidents->push_back(incident);
+    return;  // what differs once goes on differing
+  }
+}
+
+void add_stragglers(const ScalarSeries& series, std::vector<Incident>* incidents) {
+  const std::vector<double>&least = series.column("step_seconds_min"),
+        &largest = series.column("step_seconds_max");
+  if (least.empty() || largest.empty()) return;
+  RollingMedian recent(kStragglerSteps);
+  bool slow = false;
+  for (std::size_t i = 0; i < least.size(); ++i) {
+    if (!(least[i] > 0) || !std::isfinite(largest[i])) continue;
+    recent.add(largest[i] / least[i]);
+    if (recent.size() < kStragglerSteps) continue;
+    const bool now = recent.median() >= kStragglerRatio;
+    if (now && !slow) {
+      // Half of the steps before this one were slow already.
+      const std::size_t began = i >= kStragglerSteps / 2 ? i - kStragglerSteps / 2 : 0;
+      Incident incident{Incident::Kind::Straggler, series.steps[began], series.steps[i], "step_seconds_max"};
+      incident.peak = recent.median();
+      incident.baseline = 1;
+      incidents->push_back(incident);
+    }
+    if (now) {
+      incidents->back().last_step = series.steps[i];
+      incidents->back().peak = std::max(incidents->back().peak, recent.median());
+    }
+    slow = now;
+  }
+}
+
+// One incident of two that belong together: what is not finite explains a spike, and the earlier sign leads.
+void merge(const Incident& other, Incident* into) {
+  if (other.kind == Incident::Kind::NonFinite && into->kind == Incident::Kind::Spike &&
+      other.first_step <= into->first_step) {
+    into->kind = other.kind;
+    into->metric = other.metric;
+  }
+  const auto earlier = [](std::int64_t a, std::int64_t b) {
+    return a == 0 ? b : (b == 0 ? a : std::min(a, b));
+  };
+  into->last_step = std::max(into->last_step, other.last_step);
+  into->norm_step = earlier(into->norm_step, other.norm_step);
+  into->loss_step = earlier(into->loss_step, other.loss_step);
+}
+
+}  // namespace
+
+const std::vector<double>& ScalarSeries::column(const std::string& name) const {
+  static const std::vector<double> none;
+  const auto found = columns.find(name);
+  if (found == columns.end()) return none;
+  const bool measured = std::any_of(found->second.begin(), found->second.end(),
+                                    [](double value) { return !std::isnan(value); });
+  return measured ? found->second : none;
+}
+
+std::size_t ScalarSeries::index(std::int64_t step) const {
+  return static_cast<std::size_t>(std::lower_bound(steps.begin(), steps.end(), step) - steps.begin());
+}
+
+double ScalarSeries::at(const std::string& name, std::int64_t step) const {
+  const auto found = columns.find(name);
+  const std::size_t i = index(step);
+  if (found == columns.end() || i >= steps.size() || steps[i] != step)
+    return std::numeric_limits<double>::quiet_NaN();
+  return found->second[i];
+}
+
+ScalarSeries scalar_series(const RunLog& log) {
+  ScalarSeries series;
+  series.steps = log.steps();
+  for (const RunLog::Attempt& attempt : log.attempts()) {
+    for (const MetricDefinition& metric : attempt.header.metric()) {
+      if (metric.storage() == MetricDefinition::SCALAR)
+        series.columns[metric.name()] = log.column(metric.name());
+    }
+  }
+  return series;
+}
+
+const char* name_of(Incident::Kind kind) {
+  switch (kind) {
+    case Incident::Kind::NonFinite:
+      return "non_finite";
+    case Incident::Kind::Spike:
+      return "spike";
+    case Incident::Kind::Replica:
+      return "replica_mismatch";
+    case Incident::Kind::Straggler:
+      return "straggler";
+    case Incident::Kind::Router:
+      return "router";
+    case Incident::Kind::Asked:
+      return "none";
+  }
+  return "?";
+}
+
+std::vector<Incident> find_incidents(const ScalarSeries& series) {
+  std::vector<Incident> found;
+  add_nonfinite(series, &found);
+  add_spikes(series, "grad_norm", &found);
+  add_spikes(series, "loss", &found);
+  std::stable_sort(found.begin(), found.end(),
+                   [](const Incident& a, const Incident& b) { return a.first_step < b.first_step; });
+  std::vector<Incident> merged;
+  for (const Incident& incident : found) {
+    if (!merged.empty() && incident.first_step <= merged.back().last_step + kSameIncident) {
+      merge(incident, &merged.back());
+    } else {
+      merged.push_back(incident);
+    }
+  }
+  add_replicas(series, &merged);
+  add_stragglers(series, &merged);
+  std::stable_sort(merged.begin(), merged.end(),
+                   [](const Incident& a, const Incident& b) { return a.first_step < b.first_step; });
+  return merged;
+}
+
+Incident choose_incident(const std::vector<Incident>& incidents, const ScalarSeries& series,
+                         std::int64_t step) {
+  const Incident* chosen = nullptr;
+  std::int64_t nearest = kSameIncident + 1;
+  for (const Incident& incident : incidents) {
+    if (step == 0) {
+      if (chosen == nullptr ||
+          (chosen->kind == Incident::Kind::Straggler && incident.kind != Incident::Kind::Straggler))
+        chosen = &incident;
+      continue;
+    }
+    const std::int64_t distance =
+        std::max({std::int64_t{0}, incident.first_step - step, step - incident.last_step});
+    if (distance < nearest) {
+      chosen = &incident;
+      nearest = distance;
+    }
+  }
+  if (chosen != nullptr) return *chosen;
+  Incident asked{Incident::Kind::Asked, step, step, ""};
+  if (step == 0 && !series.steps.empty()) asked.first_step = asked.last_step = series.steps.back();
+  return asked;
+}
+
+}  // namespace hybridmoe
