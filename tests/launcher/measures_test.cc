@@ -7,6 +7,8 @@
 #include <thread>
 
 #include "core/reference/reference.h"
+#include "core/telemetry/log_files.h"
+#include "core/telemetry/run_log.h"
 #include "launcher/recorder.h"
 #include "launcher/self_check.h"
 #include "parallel/mesh.h"
@@ -356,6 +358,107 @@ TEST_F(Measures, TheNoiseScaleIsThatOfBatchesOfTwoSizes) {
            [&](TrainerHarness& harness, const Groups&) {
              EXPECT_TRUE(std::isnan(harness->step(false).measures.gradient_noise_scale)) << "not due";
            });
+}
+
+// The numbers of a record, by the definitions of its header alone.
+class LoggedStep {
+ public:
+  explicit LoggedStep(const RunLog& log) : header_(log.newest_header()), step_(log.newest_step()) {}
+  const MetricDefinition& definition(const std::string& name) const {
+    for (const MetricDefinition& metric : header_.metric()) {
+      if (metric.name() == name) return metric;
+    }
+    throw Error("the log has no metric " + name);
+  }
+  bool has(const std::string& name) const {
+    return std::any_of(header_.metric().begin(), header_.metric().end(),
+                       [&](const MetricDefinition& metric) { return metric.name() == name; });
+  }
+  double scalar(const std::string& name) const { return step_.scalar(definition(name).column()); }
+  std::vector<double> values(const std::string& name) const {
+    const MetricDefinition& metric = definition(name);
+    int size = 1;
+    for (const int axis : metric.axis()) size *= header_.axis(axis).entry_size();
+    const auto begin = step_.value().begin() + metric.column();
+    return {begin, begin + size};
+  }
+  std::string label(const std::string& name, int axis, int entry) const {
+    return header_.axis(definition(name).axis(axis)).entry(entry).label();
+  }
+  // Square roots of the sums of squares, each over its count.
+  static std::vector<double> roots(std::vector<double> squares, const std::vector<double>& counts) {
+    for (std::size_t i = 0; i < squares.size(); ++i) squares[i] = std::sqrt(squares[i] / counts[i]);
+    return squares;
+  }
+  const RunHeader& header() const { return header_; }
+
+ private:
+  const RunHeader& header_;
+  const StepRecord& step_;
+};
+
+TEST_F(Measures, TheLogHoldsThemUnderTheirNames) {
+  TrainerHarness harness(text("F32", "expert_every: 2 check_every: 2", kBatch), corpus_);
+  Recorder recorder(directory_.file("run"), *harness, {}, 1e9);
+  recorder.step(harness->step(false));
+  const StepResult result = harness->step(false);
+  recorder.step(result);
+  ASSERT_TRUE(recorder.close().complete());
+  const RunLog log(telemetry_directory(directory_.file("run")));
+  const LoggedStep logged(log);
+  const StepMeasures& m = result.measures;
+  const auto expect = [&](const char* name, const std::vector<double>& expected) {
+    const std::vector<double> actual = logged.values(name);
+    ASSERT_EQ(actual.size(), expected.size()) << name;
+    EXPECT_LE(relative_difference(actual, expected), 1e-7) << name;  // stored as fp32
+    EXPECT_GT(testing::norm_of(expected), 0) << name;
+  };
+  const auto ones = [](const std::vector<double>& like) { return std::vector<double>(like.size(), 1.0); };
+  const auto norm = [&](const std::vector<double>& squares) {
+    return LoggedStep::roots(squares, ones(squares));
+  };
+  expect("layer_grad_norm", norm(result.grad_squares));
+  expect("param_norm", norm(m.param_squares));
+  expect("update_norm", norm(m.update_squares));
+  expect("adam_rms", LoggedStep::roots(m.adam_squares, harness->meter().row_elements()));
+  expect("grad_absmax", m.grad_absmax);
+  constexpr double kStreamElements = 4 * 12 * 16;
+  expect("resid_rms", LoggedStep::roots(m.resid_squares, std::vector<double>(kLayers, kStreamElements)));
+  expect("resid_absmax", m.resid_absmax);
+  expect("dresid_norm", norm(m.dresid_squares));
+  expect("attn_logit_max", m.attn_logit_max);
+  expect("router_logit_max", m.router_logit_max);
+  expect("expert_grad_norm", norm(m.expert_squares));
+  EXPECT_EQ(logged.scalar("logz_mean"), m.lse_mean);
+  EXPECT_EQ(logged.scalar("logz_max"), m.lse_max);
+  EXPECT_EQ(logged.scalar("output_logit_max"), m.output_logit_max);
+  EXPECT_TRUE(std::isnan(logged.scalar("gradient_noise_scale"))) << "one data-parallel rank";
+  EXPECT_EQ(logged.scalar("replica_mismatches"), 0);
+  EXPECT_TRUE(std::isnan(log.column("replica_mismatches")[0])) << "not due in step 1";
+  EXPECT_EQ(logged.scalar("step_seconds_max"), m.step_seconds.max);
+  EXPECT_EQ(logged.scalar("communication_seconds_min"), m.communication_seconds.min);
+  EXPECT_EQ(logged.scalar("compute_seconds_mean"), m.compute_seconds.mean);
+  EXPECT_EQ(logged.scalar("step_seconds_max_rank"), 0);
+  EXPECT_EQ(logged.label("resid_rms", 0, 2), "layer_2");
+  EXPECT_EQ(logged.label("router_logit_max", 0, 0), "layer_1");
+  EXPECT_EQ(logged.label("param_norm", 0, 1), "layer_0.q_norm");
+  // What a reader needs for root mean squares of gradients and weights.
+  const MetricAxis& rows = logged.header().axis(logged.definition("layer_grad_norm").axis(0));
+  EXPECT_EQ(rows.entry(0).label(), "layer_0.qkv");
+  EXPECT_EQ(rows.entry(0).elements(), 16 * (4 + 2 + 2) * 4);
+}
+
+TEST_F(Measures, SwitchedOffTheLogHasNone) {
+  TrainerHarness harness(text("F32", "metrics: false", kBatch), corpus_);
+  Recorder recorder(directory_.file("run"), *harness, {}, 1e9);
+  recorder.step(harness->step(false));
+  ASSERT_TRUE(recorder.close().complete());
+  const RunLog log(telemetry_directory(directory_.file("run")));
+  const LoggedStep logged(log);
+  EXPECT_TRUE(logged.has("layer_grad_norm"));
+  for (const char* name : {"param_norm", "resid_rms", "logz_mean", "compute_seconds_max"}) {
+    EXPECT_FALSE(logged.has(name)) << name;
+  }
 }
 
 // Sleeps in the update.
