@@ -16,7 +16,15 @@ ModelRows rows_of(Trainer& trainer) {
   rows.experts = trainer.config().model().moe().experts();
   for (MoeLayer* layer : trainer.model().moe_layers()) rows.moe_layers.push_back(layer->index());
   rows.gradient = trainer.parameters().table();
+  rows.elements = trainer.meter().row_elements();
+  rows.measures = trainer.meter().on();
   return rows;
+}
+
+int layers_of(const std::vector<GradientRow>& rows) {
+  int layers = 0;
+  for (const GradientRow& row : rows) layers = std::max(layers, row.layer + 1);
+  return layers;
 }
 
 std::string format(const char* pattern, double value) {
@@ -33,6 +41,37 @@ std::string duration_text(double seconds) {
   if (whole >= 3600) return cat(whole / 3600, "h", whole % 3600 / 60, "m");
   if (whole >= 60) return cat(whole / 60, "m", whole % 60, "s");
   return cat(whole, "s");
+}
+
+NonfiniteOrigin nonfinite_origin(const StepResult& result, const std::vector<GradientRow>& rows) {
+  NonfiniteOrigin origin;
+  // The forward pass comes first: what is not finite there makes every gradient so.
+  const std::vector<double>& outputs = result.measures.resid_squares;
+  const auto bad = std::find_if(outputs.begin(), outputs.end(), [](double v) { return !std::isfinite(v); });
+  // The backward pass: head and final norm, the layers from the last one, the embedding.
+  const auto order = [&](std::size_t row) {
+    const bool last = rows[row].kind == TensorKind::Embedding;
+    const int layer = last ? -1 : rows[row].layer < 0 ? layers_of(rows) : rows[row].layer;
+    return std::pair(-layer, -static_cast<int>(rows[row].kind));
+  };
+  std::size_t first = rows.size();
+  for (std::size_t row = 0; row < rows.size(); ++row) {
+    if (result.nonfinite[row] == 0) continue;
+    origin.elements += result.nonfinite[row];
+    if (first == rows.size() || order(row) < order(first)) first = row;
+  }
+  if (bad != outputs.end()) {
+    origin.layer = static_cast<int>(bad - outputs.begin());
+    origin.message = cat("the output of layer ", origin.layer, " is not finite");
+  } else if (first < rows.size()) {
+    origin.layer = rows[first].layer;
+    origin.message = cat("first in ", name_of(rows[first].kind),
+                         origin.layer < 0 ? std::string() : cat(" of layer ", origin.layer), " (",
+                         result.nonfinite[first], " elements), as the backward pass goes");
+  } else {
+    origin.message = "the sum of its squares overflows";
+  }
+  return origin;
 }
 
 ProgressLine::ProgressLine(const Trainer& trainer, double product_limit)
@@ -67,7 +106,11 @@ std::string ProgressLine::str() {
 }
 
 Recorder::Recorder(const std::string& run_dir, Trainer& trainer, RunHeader header, double product_limit)
-    : flops_per_step_(trainer.flops_per_step()), limit_(product_limit), metrics_(rows_of(trainer)) {
+    : flops_per_step_(trainer.flops_per_step()),
+      limit_(product_limit),
+      width_(trainer.config().model().d_model()),
+      elements_(trainer.meter().row_elements()),
+      metrics_(rows_of(trainer)) {
   metrics_.table.define(&header);
   writer_ = std::make_unique<LogWriter>(telemetry_directory(run_dir), std::move(header),
                                         log_options(trainer.config().telemetry()));
@@ -111,7 +154,49 @@ void Recorder::step(const StepResult& result) {
     metric_values(&record, m.router_entropy)[layer] = static_cast<float>(moe.entropy / tokens);
     metric_values(&record, m.router_lse_square)[layer] = static_cast<float>(moe.lse_squares / tokens);
   }
+  if (result.measures.measured) add_measures(result, &record);
   writer_->step(std::move(record));
+}
+
+void Recorder::add_measures(const StepResult& result, StepRecord* record) const {
+  const TrainingMetrics& m = metrics_;
+  const StepMeasures& measured = result.measures;
+  const auto set = [&](const Metric& metric, double value) { set_metric(record, metric, value); };
+  const auto fill = [&](const Metric& metric, const std::vector<double>& from, const auto& value) {
+    const auto target = metric_values(record, metric);
+    for (std::size_t i = 0; i < from.size(); ++i) target[i] = static_cast<float>(value(from[i], i));
+  };
+  const auto root = [](double squares, std::size_t) { return std::sqrt(squares); };
+  const auto same = [](double value, std::size_t) { return value; };
+  fill(m.param_norm, measured.param_squares, root);
+  fill(m.update_norm, measured.update_squares, root);
+  fill(m.adam_rms, measured.adam_squares,
+       [&](double squares, std::size_t row) { return std::sqrt(squares / elements_[row]); });
+  fill(m.grad_absmax, measured.grad_absmax, same);
+  const double stream_elements = static_cast<double>(result.tokens) * width_;
+  fill(m.resid_rms, measured.resid_squares,
+       [&](double squares, std::size_t) { return std::sqrt(squares / stream_elements); });
+  fill(m.resid_absmax, measured.resid_absmax, same);
+  fill(m.dresid_norm, measured.dresid_squares, root);
+  fill(m.attn_logit_max, measured.attn_logit_max, same);
+  fill(m.router_logit_max, measured.router_logit_max, same);
+  fill(m.expert_grad_norm, measured.expert_squares, root);
+  set(m.logz_mean, measured.lse_mean);
+  set(m.logz_max, measured.lse_max);
+  set(m.output_logit_max, measured.output_logit_max);
+  set(m.gradient_noise_scale, measured.gradient_noise_scale);
+  if (measured.replica_mismatches >= 0) {
+    set(m.replica_mismatches, static_cast<double>(measured.replica_mismatches));
+  }
+  const auto set_spread = [&](const TrainingMetrics::RankSpread& metric, const RankSpread& seconds) {
+    set(metric.min, seconds.min);
+    set(metric.mean, seconds.mean);
+    set(metric.max, seconds.max);
+    set(metric.max_rank, seconds.max_rank);
+  };
+  set_spread(m.step_spread, measured.step_seconds);
+  set_spread(m.communication_spread, measured.communication_seconds);
+  set_spread(m.compute_spread, measured.compute_seconds);
 }
 
 void Recorder::event(EventRecord::Kind kind, std::int64_t step, const std::string& message,

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "core/telemetry/log_writer.h"
 #include "core/telemetry/metrics.h"
@@ -44,10 +45,22 @@ class Recorder {
   const std::string& run_id() const { return writer_->header().run_id(); }
 
  private:
-  double flops_per_step_, limit_;
+  void add_measures(const StepResult& result, StepRecord* record) const;
+
+  double flops_per_step_, limit_, width_;
+  std::vector<double> elements_;  // of each gradient row
   TrainingMetrics metrics_;
   std::unique_ptr<LogWriter> writer_;
 };
+
+// Where a step's gradient stopped being finite, as far as the step tells: the first layer whose output is not
+// finite, else the row of the gradient table that the backward pass reached first.
+struct NonfiniteOrigin {
+  std::string message;  // "the output of layer 3 is not finite", "first in layer_3.qkv (7 elements)"
+  int layer = -1;       // -1: no layer
+  double elements = 0;  // non-finite gradient elements, over the model
+};
+NonfiniteOrigin nonfinite_origin(const StepResult& result, const std::vector<GradientRow>& rows);
 
 std::string duration_text(double seconds);  // "3m12s"
 

@@ -39,6 +39,7 @@ Trainer::Trainer(const Config& config, const Dataset& data, Backend& backend, co
       groups_(groups),
       model_(config.model(), config.optimizer(), backend, groups, exchange, parameters_),
       sync_(parameters_),
+      meter_(config, parameters_, groups, backend),
       length_(config.model().sequence_length()),
       exceptions_at_start_(std::uncaught_exceptions()) {
   const BatchConfig& batch = config.batch();
@@ -51,6 +52,7 @@ Trainer::Trainer(const Config& config, const Dataset& data, Backend& backend, co
 
   parameters_.plan(memory_, backend.compute_type(), backend.statistics_type(),
                    config.parallel().bucket_bytes(), true);
+  model_.set_layer_statistics(meter_.on());
   model_.plan(memory_, {.sequences = local_sequences_, .length = length_});
   const std::int64_t tokens = micro_batches_ * local_sequences_ * length_;
   memory_.add(&tokens_, "tokens", {tokens}, DType::I32, "batch");
@@ -59,6 +61,7 @@ Trainer::Trainer(const Config& config, const Dataset& data, Backend& backend, co
   const auto rows = static_cast<std::int64_t>(parameters_.table().size());
   const auto moe_layers = static_cast<std::int64_t>(model_.moe_layers().size());
   memory_.add(&sums_, "step sums", {rows * kGradColumns + kStepSums + moe_layers}, DType::F64, "statistics");
+  meter_.plan(memory_, model_.layers(), static_cast<int>(moe_layers));
   memory_.add(&scalars_, "step scalars", {kStepScalars}, DType::F64, "statistics");
   model_.set_before_stage([this](int stage) {
     Stopwatch watch;
@@ -79,6 +82,7 @@ void Trainer::start() {
   memory_.commit(backend_);
   model_.prepare();
   parameters_.initialise(config_.seed(), backend_);
+  meter_.start();
 }
 
 void Trainer::load_samples(std::int64_t first) {
@@ -116,6 +120,8 @@ StepResult Trainer::step(bool stop) {
   result.samples_begin = progress_.samples_consumed;
   result.samples_end = result.samples_begin + config_.batch().sequences();
   result.tokens = tokens_per_step();
+  step_begin_ = std::chrono::steady_clock::now();
+  meter_.begin(result.step);
   groups_.mark_step(result.step);
   groups_.mark_phase("data");
   std::string error;
@@ -164,7 +170,9 @@ void Trainer::run_micro_batches(StepResult* result) {
         result->seconds.communication += std::exchange(weight_seconds_, 0);
         groups_.mark_phase("backward");
       }
-      if (last) sync_.stage_done(stage);
+      if (!last) return;
+      meter_.before_sharding(stage);
+      sync_.stage_done(stage);
     });
     result->seconds.backward += watch.lap();
   }
@@ -176,11 +184,14 @@ void Trainer::reduce_sums(bool stop, StepResult* result) {
   groups_.mark_phase("gradients");
   sync_.wait_gradients();
   result->seconds.communication += watch.lap();
-  const auto rows = static_cast<std::int64_t>(parameters_.table().size());
-  const Tensor table = sums_.flat(0, rows * kGradColumns).reshape({rows, kGradColumns});
+  const Tensor table = gradient_table();
+  const std::int64_t rows = table.rows();
   backend_.zero(sums_, nullptr);
   for (auto& bucket : parameters_.buckets()) {
-    backend_.grad_table({.grad = bucket.owned_gradient(), .segments = &bucket.segments, .table = table},
+    backend_.grad_table({.grad = bucket.owned_gradient(),
+                         .segments = &bucket.segments,
+                         .table = table,
+                         .absmax = meter_.grad_absmax()},
                         nullptr);
   }
   double* extra = sums_.ptr<double>() + rows * kGradColumns;
@@ -208,13 +219,23 @@ void Trainer::reduce_sums(bool stop, StepResult* result) {
   }
 }
 
+Tensor Trainer::gradient_table() const {
+  const auto rows = static_cast<std::int64_t>(parameters_.table().size());
+  return sums_.flat(0, rows * kGradColumns).reshape({rows, kGradColumns});
+}
+
 void Trainer::update(StepResult* result) {
   Stopwatch watch;
   groups_.mark_phase("optimizer");
+  std::vector<std::pair<std::string, Tensor>> on_all_ranks;
+  for (MoeLayer* layer : model_.moe_layers()) {
+    if (!layer->bias().empty())
+      on_all_ranks.push_back({cat("layers.", layer->index(), ".router_bias"), layer->bias()});
+  }
+  meter_.check(gradient_table(), on_all_ranks);
   const OptimizerConfig& optimizer = config_.optimizer();
-  const auto rows = static_cast<std::int64_t>(parameters_.table().size());
   result->learning_rate = learning_rate(config_, result->step);
-  backend_.step_scalars({.table = sums_.flat(0, rows * kGradColumns).reshape({rows, kGradColumns}),
+  backend_.step_scalars({.table = gradient_table(),
                          .max_norm = optimizer.clip_norm(),
                          .learning_rate = result->learning_rate,
                          .beta1 = optimizer.beta1(),
@@ -233,13 +254,20 @@ void Trainer::update(StepResult* result) {
                     .beta1 = optimizer.beta1(),
                     .beta2 = optimizer.beta2(),
                     .eps = optimizer.eps(),
-                    .weight_decay = optimizer.weight_decay()},
+                    .weight_decay = optimizer.weight_decay(),
+                    .table = meter_.updates()},
                    nullptr);
   }
   backend_.synchronize(nullptr);
   result->seconds.optimizer += watch.lap();
   groups_.mark_phase("weights");
+  // The sums first: they are small, and waited for at once.
+  result->seconds.total =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - step_begin_).count();
+  meter_.start_reductions(result->model, result->seconds);
   sync_.gather_weights();
+  result->measures = meter_.finish(gradient_table(), result->model.targets, result->tokens);
+  result->seconds.communication += watch.lap();
   const double* scalars = scalars_.ptr<double>();
   result->grad_norm = scalars[kGradNorm];
   result->clip_factor = scalars[kClipFactor];

@@ -3,6 +3,7 @@
 // collective over the world unless they say otherwise.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -12,6 +13,7 @@
 #include "core/groups.h"
 #include "core/memory_plan.h"
 #include "core/parameter_store.h"
+#include "launcher/step_meter.h"
 #include "moe/transformer.h"
 #include "parallel/gradient_sync.h"
 #include "proto/config.pb.h"
@@ -24,14 +26,6 @@ struct Progress {
   std::int64_t step = 0;              // optimizer steps done, skipped ones included
   std::int64_t applied_steps = 0;     // updates applied
   std::int64_t samples_consumed = 0;  // training sequences
-};
-
-struct StepSeconds {
-  double total = 0, data = 0;
-  double forward = 0;        // of all micro-batches, LM head included with both of its passes
-  double backward = 0;       // likewise, without the head
-  double communication = 0;  // waiting for gradients, sums and weights
-  double optimizer = 0;
 };
 
 struct StepResult {
@@ -47,6 +41,7 @@ struct StepResult {
   std::vector<double> grad_squares;  // by row of parameters().table()
   std::vector<double> nonfinite;     // likewise, counts
   ModelStatistics model;             // router statistics and drops over the world
+  StepMeasures measures;             // over the world
 };
 
 struct Evaluation {
@@ -89,6 +84,7 @@ class Trainer {
   MemoryPlan& memory() { return memory_; }
   // Non-owning; empty for routers without a bias. By MoE layer.
   std::vector<Tensor> router_biases();
+  const StepMeter& meter() const { return meter_; }
   double flops_per_step() const;  // matrix products of one optimizer step over the world
   std::int64_t tokens_per_step() const { return config_.batch().sequences() * length_; }
 
@@ -108,11 +104,14 @@ class Trainer {
   ParameterStore parameters_;
   Transformer model_;
   GradientSync sync_;
+  StepMeter meter_;
+  std::chrono::steady_clock::time_point step_begin_;
   Progress progress_;
   std::int64_t length_, local_sequences_, micro_batches_;
   double weight_seconds_ = 0;  // spent waiting for weights
   int exceptions_at_start_;
   Tensor tokens_, targets_, doc_start_;  // (M · local sequences · length)
+  Tensor gradient_table() const;         // [rows, kGradColumns], the first part of sums_
   Tensor sums_;     // F64, summed over the world once a step: the gradient table, then StepSum, then each MoE
                     // layer's drops
   Tensor scalars_;  // [kStepScalars] F64

@@ -96,6 +96,7 @@ class Worker {
   void save();
   void evaluate();
   void report_loads(const StepResult& result);
+  void report_checks(const StepMeasures& measures);
   int finish();
   void event(EventRecord::Kind kind, const std::string& message,
              std::initializer_list<std::pair<const char*, double>> values = {});
@@ -407,15 +408,32 @@ void Worker::report_loads(const StepResult& result) {
             << "; memory grows (parallel.expected_load, parallel.load_limit)";
 }
 
+// Copies that differ, and a gradient table that is wrong: memory or program cannot be trusted.
+void Worker::report_checks(const StepMeasures& measures) {
+  constexpr std::size_t kMost = 10;  // one cause can reach every tensor
+  const std::size_t shown = std::min(measures.mismatches.size(), kMost);
+  for (std::size_t i = 0; i < shown; ++i) {
+    LOG_IF(ERROR, first()) << "replicas differ: " << measures.mismatches[i];
+    event(EventRecord::HASH_MISMATCH, measures.mismatches[i],
+          {{"mismatches", static_cast<double>(measures.replica_mismatches)}});
+  }
+  if (measures.table_error.empty()) return;
+  LOG_IF(ERROR, first()) << "gradient norms are wrong: " << measures.table_error;
+  event(EventRecord::OTHER, "gradient norms are wrong: " + measures.table_error);
+}
+
 // Returns whether training goes on.
 bool Worker::after_step(const StepResult& result) {
   progress_->add(result);
   if (recorder_) recorder_->step(result);
   if (result.skipped) {
+    const NonfiniteOrigin origin = nonfinite_origin(result, trainer_->parameters().table());
     LOG_IF(WARNING, first()) << "step " << result.step
-                             << ": a gradient was not finite, the update is skipped";
-    event(EventRecord::SKIP, "gradient not finite");
+                             << ": a gradient was not finite, the update is skipped: " << origin.message;
+    event(EventRecord::SKIP, "gradient not finite: " + origin.message,
+          {{"layer", origin.layer}, {"elements", origin.elements}});
   }
+  report_checks(result.measures);
   report_loads(result);
   if (first_loss_ == 0) first_loss_ = result.cross_entropy;
   last_loss_ = result.cross_entropy;

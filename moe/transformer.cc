@@ -67,6 +67,11 @@ void Transformer::plan(MemoryPlan& memory, const Size& size) {
     memory.add(&all_logits_, "all logits", {model_.padded_vocabulary()}, S, "activations");
   }
   memory.add(&head_sums_, "head sums", {kHeadSums}, DType::F64, "statistics");
+  if (size.training) memory.add(&head_maxima_, "head maxima", {2}, DType::F64, "statistics");
+  if (size.training && layer_statistics_) {
+    memory.add(&layer_sums_, "layer sums", {layers(), 2}, DType::F64, "statistics");
+    memory.add(&layer_maxima_, "layer maxima", {layers()}, DType::F64, "statistics");
+  }
   for (auto& block : blocks_) {
     block->plan(memory, size.sequences, size.length, size.training, size.training && !model_.recompute(),
                 size.cache_positions);
@@ -121,6 +126,7 @@ void Transformer::forward(const Pass& pass, const Tensor& tokens) {
     if (before_stage_) before_stage_(layers() - l);
     machine_.groups.mark_layer(l);
     blocks_[l]->forward(pass, layer_input(l, n), layer_input(l + 1, n));
+    measure_output(l, pass);
   }
   machine_.groups.mark_layer(-1);
   if (before_stage_) before_stage_(0);
@@ -130,6 +136,20 @@ void Transformer::forward(const Pass& pass, const Tensor& tokens) {
                                           .y = h_.rows(0, n),
                                           .rstd = rstd_.rows(0, n)},
                                          pass.stream);
+}
+
+// Right behind what wrote the rows, while a cache still has them.
+void Transformer::measure_output(int layer, const Pass& pass) {
+  if (!pass.statistics || layer_sums_.empty()) return;
+  machine_.backend.residual_statistics({.x = layer_input(layer + 1, pass.rows()),
+                                        .squares = layer_sums_.flat(2 * layer, 2 * layer + 1),
+                                        .absmax = layer_maxima_.flat(layer, layer + 1)},
+                                       pass.stream);
+}
+void Transformer::measure_gradient(int layer, const Pass& pass) {
+  if (layer_sums_.empty()) return;
+  machine_.backend.residual_statistics(
+      {.x = d_.rows(0, pass.rows()), .squares = layer_sums_.flat(2 * layer + 1, 2 * layer + 2)}, pass.stream);
 }
 
 void Transformer::head_partial(const Pass& pass, const MicroBatch& batch, std::int64_t begin,
@@ -181,6 +201,8 @@ void Transformer::run_head(const Pass& pass, const MicroBatch& batch, double sca
     finish.sums = head_sums_;
     if (!token_loss.empty()) finish.token_loss = token_loss.rows(begin, end);
     if (gradient) {
+      finish.lse_max = head_maxima_.flat(0, 1);
+      finish.logit_max = head_maxima_.flat(1, 2);
       if (!dlogits_.empty()) finish.dlogits = dlogits_.rows(0, end - begin);
       finish.dh = dh.rows(begin, end);
       finish.dweight = parameters_.gradient(head_);
@@ -192,6 +214,11 @@ void Transformer::run_head(const Pass& pass, const MicroBatch& batch, double sca
 
 void Transformer::start_statistics() {
   machine_.backend.zero(head_sums_, nullptr);
+  machine_.backend.zero(head_maxima_, nullptr);
+  if (!layer_sums_.empty()) {
+    machine_.backend.zero(layer_sums_, nullptr);
+    machine_.backend.zero(layer_maxima_, nullptr);
+  }
   for (auto& block : blocks_) {
     machine_.backend.zero(block->attention().logit_max(), nullptr);
     if (MoeLayer* moe = block->moe()) machine_.backend.zero(moe->router_statistics().logit_max, nullptr);
@@ -234,6 +261,7 @@ void Transformer::forward_backward(const MicroBatch& batch, const LossScale& sca
   for (int l = layers() - 1; l >= 0; --l) {
     const Tensor x = layer_input(l, n);
     machine_.groups.mark_layer(l);
+    measure_gradient(l, pass);
     if (model_.recompute()) {
       Pass again = pass;
       again.recomputing = true;
@@ -308,6 +336,19 @@ void Transformer::collect(const LossScale& scale, ModelStatistics* statistics) {
   for (int l = 0; l < layers(); ++l) {
     double& most = statistics->attn_logit_max[l];
     most = std::max(most, *blocks_[l]->attention().logit_max().ptr<double>());
+  }
+  const double* maxima = head_maxima_.ptr<double>();
+  statistics->lse_max = std::max(statistics->lse_max, maxima[0]);
+  statistics->output_logit_max = std::max(statistics->output_logit_max, maxima[1]);
+  for (auto* of_layers :
+       {&statistics->resid_squares, &statistics->dresid_squares, &statistics->resid_absmax}) {
+    of_layers->resize(layers());
+  }
+  for (int l = 0; l < layers() && !layer_sums_.empty(); ++l) {
+    statistics->resid_squares[l] += layer_sums_.ptr<double>()[2 * l];
+    statistics->dresid_squares[l] += layer_sums_.ptr<double>()[2 * l + 1];
+    double& most = statistics->resid_absmax[l];
+    most = std::max(most, layer_maxima_.ptr<double>()[l]);
   }
   const MoeConfig& moe = model_.moe();
   const double n = static_cast<double>(scale.global_tokens), k = moe.top_k();

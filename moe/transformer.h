@@ -44,7 +44,11 @@ struct ModelStatistics {
   double lse = 0;            // Σ log-sum-exp of the LM head
   double balance_loss = 0;   // mean over micro-batches
   double z_loss = 0;
-  std::vector<double> attn_logit_max;  // per layer, of this rank
+  // Per layer, of this rank. The last three with layer statistics only.
+  std::vector<double> attn_logit_max;                 // at least 0
+  std::vector<double> resid_squares, dresid_squares;  // Σ of the block's output; of the gradient there
+  std::vector<double> resid_absmax;
+  double lse_max = 0, output_logit_max = 0;  // of the LM head over unmasked targets, at least 0
   std::vector<MoeLayer> moe;
 };
 
@@ -78,6 +82,10 @@ class Transformer {
   // next call. Only with cache_positions.
   Tensor next_token_logits(const Tensor& tokens, std::int64_t first_position);
 
+  // Whether training passes collect the sizes of the residual stream and of its gradient. They are read by
+  // nobody but telemetry: no other result changes. Before `plan`.
+  void set_layer_statistics(bool on) { layer_statistics_ = on; }
+
   // Called in the forward pass of training before the weights of backward stage s (see on_stage) are read.
   void set_before_stage(std::function<void(int)> before_stage) { before_stage_ = std::move(before_stage); }
 
@@ -98,6 +106,8 @@ class Transformer {
   void collect(const LossScale& scale, ModelStatistics* statistics);
   Tensor layer_input(int layer, std::int64_t rows) const;
   void start_statistics();
+  void measure_output(int layer, const Pass& pass);
+  void measure_gradient(int layer, const Pass& pass);
 
   const ModelConfig& model_;
   Machine machine_;
@@ -118,6 +128,10 @@ class Transformer {
   Tensor padded_tokens_, all_logits_;               // (all rows), (Vp): generation
   Tensor max_, local_max_, sumexp_, target_logit_;  // (chunk)
   Tensor head_sums_;                                // [kHeadSums] F64
+  bool layer_statistics_ = false;
+  Tensor head_maxima_;   // [2] F64: largest log-sum-exp, largest logit
+  Tensor layer_sums_;    // (layers, 2) F64: Σ output², Σ gradient²
+  Tensor layer_maxima_;  // [layers] F64: largest magnitude of an output
 };
 
 }  // namespace hybridmoe

@@ -123,6 +123,9 @@ void check_periodic(const Config& config, Rules* rules) {
   rules->range("telemetry.queue_records", telemetry.queue_records(), 1, 1 << 20);
   rules->positive("telemetry.sync_seconds", telemetry.sync_seconds(), 30);
   rules->at_least("telemetry.progress_every", std::int64_t{telemetry.progress_every()}, 1);
+  rules->at_least("telemetry.expert_every", std::int64_t{telemetry.expert_every()}, 0);
+  rules->at_least("telemetry.noise_every", std::int64_t{telemetry.noise_every()}, 0);
+  rules->at_least("telemetry.check_every", std::int64_t{telemetry.check_every()}, 0);
 }
 
 // Positions of (token, choice) pairs are 32-bit numbers in the operators.

@@ -23,7 +23,7 @@ struct GroupedProduct {
 struct ElementBlock {
   std::int64_t begin, end;
   const Segment* segment;
-  double sum[2];
+  double sum[kUpdateColumns];  // the gradient table uses the first kGradColumns
   double largest;
 };
 
@@ -46,6 +46,7 @@ class CpuBackend final : public Backend {
   // norms.cc
   void residual_norm_forward(const ResidualNormForward&, Stream*) override;
   void residual_norm_backward(const ResidualNormBackward&, Stream*) override;
+  void residual_statistics(const ResidualStatistics&, Stream*) override;
 
   // head_norms.cc
   void head_norm_statistics(const HeadNormStatistics&, Stream*) override;

@@ -90,7 +90,7 @@ void gradient_row(const HeadFinish& op, std::int64_t t, C* dlogits) {
 }
 
 void finish_losses(const HeadFinish& op) {
-  double loss = 0, count = 0, lse_sum = 0, largest = -INFINITY;
+  double loss = 0, count = 0, lse_sum = 0, largest = -INFINITY, largest_lse = -INFINITY;
   for (std::int64_t t = 0; t < op.targets.elements(); ++t) {
     const double max = static_cast<double>(op.max.ptr<float>()[t]);
     const double lse = max + std::log(static_cast<double>(op.sumexp.ptr<float>()[t]));
@@ -102,6 +102,7 @@ void finish_losses(const HeadFinish& op) {
     count += 1;
     lse_sum += lse;
     largest = std::max(largest, max);
+    largest_lse = std::max(largest_lse, lse);
   }
   double* sums = op.sums.ptr<double>();
   sums[kHeadCrossEntropy] += loss;
@@ -110,6 +111,10 @@ void finish_losses(const HeadFinish& op) {
   if (!op.logit_max.empty()) {
     double& known = *op.logit_max.ptr<double>();
     known = std::max(known, largest);
+  }
+  if (!op.lse_max.empty()) {
+    double& known = *op.lse_max.ptr<double>();
+    known = std::max(known, largest_lse);
   }
 }
 

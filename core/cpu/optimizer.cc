@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <limits>
 
 #include "core/cpu/cpu_backend.h"
 #include "core/cpu/parallel.h"
@@ -18,7 +19,7 @@ void cut_blocks(const std::vector<Segment>& segments, std::vector<Block>& blocks
   blocks.clear();
   for (const Segment& segment : segments) {
     for (std::int64_t begin = segment.begin; begin < segment.end; begin += kElements) {
-      blocks.push_back({begin, std::min(begin + kElements, segment.end), &segment, {0, 0}, 0});
+      blocks.push_back({begin, std::min(begin + kElements, segment.end), &segment, {}, 0});
     }
   }
 }
@@ -45,21 +46,19 @@ void sum_gradient(const float* grad, Block& block) {
 
 // The step's numbers in fp32.
 struct Update {
-  float clip, beta1, beta2, one_minus_beta1, one_minus_beta2, rate, correction1, correction2, eps, decay;
+  float clip, beta1, beta2, one_minus_beta1, one_minus_beta2, rate, correction1, correction2, eps, decay,
+      least_second;
 };
 
 Update update_of(const AdamW& op) {
   const double* scalars = op.scalars.ptr<double>();
-  return {static_cast<float>(scalars[kClipFactor]),
-          static_cast<float>(op.beta1),
-          static_cast<float>(op.beta2),
-          static_cast<float>(1 - op.beta1),
-          static_cast<float>(1 - op.beta2),
-          static_cast<float>(scalars[kLearningRate]),
-          static_cast<float>(1 / scalars[kBiasCorrection1]),
-          static_cast<float>(1 / scalars[kBiasCorrection2]),
-          static_cast<float>(op.eps),
-          static_cast<float>(op.weight_decay)};
+  return {static_cast<float>(scalars[kClipFactor]), static_cast<float>(op.beta1),
+          static_cast<float>(op.beta2), static_cast<float>(1 - op.beta1), static_cast<float>(1 - op.beta2),
+          static_cast<float>(scalars[kLearningRate]), static_cast<float>(1 / scalars[kBiasCorrection1]),
+          static_cast<float>(1 / scalars[kBiasCorrection2]), static_cast<float>(op.eps),
+          static_cast<float>(op.weight_decay),
+          // Above zero whatever eps is: an element that never had a gradient adds 0, not 0/0.
+          std::max(static_cast<float>(op.eps * op.eps), std::numeric_limits<float>::min())};
 }
 
 // C is BFloat16 where the weights are kept apart from the master copy.
@@ -71,13 +70,14 @@ void update_block(const AdamW& op, const Update& u, Block& block) {
   float* second = op.v.ptr<float>();
   C* weight = op.weight.ptr<C>();
   const float decay = block.segment->decay ? u.decay : 0.f;
-  double weights = 0, updates = 0;
-#pragma omp simd reduction(+ : weights, updates)
+  double weights = 0, updates = 0, ratios = 0;
+#pragma omp simd reduction(+ : weights, updates, ratios)
   for (std::int64_t i = block.begin; i < block.end; ++i) {
     const float g = grad[i] * u.clip;
     const float m = u.beta1 * first[i] + u.one_minus_beta1 * g;
     const float v = u.beta2 * second[i] + u.one_minus_beta2 * g * g;
-    const float step = m * u.correction1 / (std::sqrt(v * u.correction2) + u.eps);
+    const float second_moment = v * u.correction2;
+    const float step = m * u.correction1 / (std::sqrt(second_moment) + u.eps);
     const float change = u.rate * (step + decay * master[i]);
     const float value = master[i] - change;
     first[i] = m;
@@ -86,18 +86,20 @@ void update_block(const AdamW& op, const Update& u, Block& block) {
     if constexpr (!std::is_same_v<C, float>) weight[i] = from_float<C>(value);
     weights += static_cast<double>(value) * static_cast<double>(value);
     updates += static_cast<double>(change) * static_cast<double>(change);
+    ratios += static_cast<double>(g * g / (second_moment > u.least_second ? second_moment : u.least_second));
   }
   if constexpr (std::is_same_v<C, float>) {
     if (weight != master) std::copy(master + block.begin, master + block.end, weight + block.begin);
   }
-  block.sum[0] = weights;
-  block.sum[1] = updates;
+  block.sum[kParamSquares] = weights;
+  block.sum[kUpdateSquares] = updates;
+  block.sum[kAdamSquares] = ratios;
 }
 
 }  // namespace
 
 void CpuBackend::grad_table(const GradTable& op, Stream*) {
-  static_assert(kGradColumns == 2);
+  static_assert(int{kGradColumns} <= int{kUpdateColumns});
   cut_blocks(*op.segments, blocks_);
   const float* grad = op.grad.ptr<float>();
   parallel_ranges(options_.threads, static_cast<std::int64_t>(blocks_.size()), 1,
@@ -143,7 +145,8 @@ void CpuBackend::adamw(const AdamW& op, Stream*) {
                   });
   if (!op.table.empty()) {
     for (const Block& block : blocks_) {
-      for (int i = 0; i < 2; ++i) op.table.ptr<double>()[block.segment->row * 2 + i] += block.sum[i];
+      double* const row = op.table.ptr<double>() + block.segment->row * kUpdateColumns;
+      for (int i = 0; i < kUpdateColumns; ++i) row[i] += block.sum[i];
     }
   }
   progress();

@@ -54,6 +54,7 @@ struct HeadFinish {
   Tensor token_loss = {};            // [c] S =, optional: each token's cross-entropy, 0 where masked
   Tensor sums;            // [kHeadSums] F64 +=, over unmasked targets: Σ CE, their number, Σ log-sum-exp
   Tensor logit_max = {};  // [1] F64, max=, optional: largest of `max` over unmasked targets
+  Tensor lse_max = {};    // [1] F64, max=, optional: largest log-sum-exp of unmasked targets
   Tensor dlogits = {};    // [c, Vl] C, workspace; needed when C differs from S and a gradient is wanted
   Tensor dh = {};         // [c, d] C =, optional
   Tensor dweight = {};    // [Vl, d] S +=, optional

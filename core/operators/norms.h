@@ -28,6 +28,14 @@ struct ResidualNormBackward {
   Tensor dgain;      // [d] S +=
 };
 
+// Size of the residual stream or of its gradient, for telemetry. A NaN makes the sum NaN and is left out of
+// the maximum.
+struct ResidualStatistics {
+  Tensor x;            // [n, d] C
+  Tensor squares;      // [1] F64 +=: Σ x²
+  Tensor absmax = {};  // [1] F64, max=, optional
+};
+
 enum class HeadNormKind { None, PerHead, FullWidth };
 
 // Sum of squares over all of a row, for FullWidth: between this and the operator below, the model sums the
@@ -135,6 +143,7 @@ class Norms {
   virtual ~Norms() = default;
   virtual void residual_norm_forward(const ResidualNormForward&, Stream*) = 0;
   virtual void residual_norm_backward(const ResidualNormBackward&, Stream*) = 0;
+  virtual void residual_statistics(const ResidualStatistics&, Stream*) = 0;
   virtual void head_norm_statistics(const HeadNormStatistics&, Stream*) = 0;
   virtual void head_norm_backward_statistics(const HeadNormBackwardStatistics&, Stream*) = 0;
   virtual void head_norm_rope_forward(const HeadNormRopeForward&, Stream*) = 0;

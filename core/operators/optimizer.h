@@ -47,6 +47,10 @@ struct StepScalars {
   Tensor scalars;                  // [kStepScalars] F64 =
 };
 
+// Columns of AdamW::table. kAdamSquares: Σ g² / max(v̂, eps²), the size of a gradient in units of what its
+// second moment expects; around 1 an element in steady training (arXiv 2304.13013 calls its root RMS).
+enum UpdateColumn : int { kParamSquares, kUpdateSquares, kAdamSquares, kUpdateColumns };
+
 // With g = clip · grad: m = β1 m + (1-β1) g; v = β2 v + (1-β2) g²; master -= lr · (m̂ / (√v̂ + eps) + decay ·
 // master); weight = master rounded to C. Nothing changes when scalars[kSkip] is not 0.
 struct AdamW {
@@ -57,7 +61,8 @@ struct AdamW {
   const std::vector<Segment>* segments = nullptr;  // which elements, and whether they decay
   Tensor scalars;                                  // [kStepScalars] F64
   double beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1;
-  Tensor table = {};  // [rows, 2] F64 +=, optional: Σ (master after the update)², Σ update²
+  // [rows, kUpdateColumns] F64 +=, optional: Σ (master after the update)², Σ (lr · …)², Σ g² / max(v̂, eps²)
+  Tensor table = {};
 };
 
 class Optimizer {

@@ -80,6 +80,7 @@ void ReferenceBackend::head_finish(const HeadFinish& op, Stream*) {
         double& logit_max = *elements_of(op.logit_max);
         logit_max = std::max(logit_max, elements_of(op.max)[t]);
       }
+      if (!op.lse_max.empty()) *elements_of(op.lse_max) = std::max(*elements_of(op.lse_max), lse);
     }
     if (!dh.given() && !dweight.given()) continue;
 

@@ -60,6 +60,18 @@ void ReferenceBackend::residual_norm_backward(const ResidualNormBackward& op, St
   }
 }
 
+void ReferenceBackend::residual_statistics(const ResidualStatistics& op, Stream*) {
+  const Rows x(op.x);
+  for (std::int64_t t = 0; t < op.x.rows(); ++t) {
+    for (std::int64_t i = 0; i < op.x.shape[1]; ++i) {
+      *elements_of(op.squares) += x[t][i] * x[t][i];
+      if (op.absmax.empty()) continue;
+      double& absmax = *elements_of(op.absmax);
+      absmax = std::max(absmax, std::abs(x[t][i]));  // a NaN compares as not larger
+    }
+  }
+}
+
 namespace {
 
 // The row of sines or cosines for row t; null without RoPE.

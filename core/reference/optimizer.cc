@@ -1,6 +1,7 @@
 // The gradient table, the step's scalars and AdamW.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "core/reference/reference.h"
 
@@ -51,7 +52,7 @@ void ReferenceBackend::adamw(const AdamW& op, Stream*) {
   const Rows table(op.table);
   for (const Segment& segment : *op.segments) {
     const double decay = segment.decay ? op.weight_decay : 0.0;
-    double squares = 0, update_squares = 0;
+    double squares = 0, update_squares = 0, adam_squares = 0;
     for (std::int64_t i = segment.begin; i < segment.end; ++i) {
       const double g = scalars[kClipFactor] * grad[i];
       m[i] = op.beta1 * m[i] + (1 - op.beta1) * g;
@@ -63,10 +64,13 @@ void ReferenceBackend::adamw(const AdamW& op, Stream*) {
       weight[i] = master[i];
       squares += master[i] * master[i];
       update_squares += update * update;
+      // Above zero whatever eps is: an element that never had a gradient adds 0, not 0/0.
+      adam_squares += g * g / std::max({v_hat, op.eps * op.eps, std::numeric_limits<double>::min()});
     }
     if (!table.given()) continue;
-    table[segment.row][0] += squares;
-    table[segment.row][1] += update_squares;
+    table[segment.row][kParamSquares] += squares;
+    table[segment.row][kUpdateSquares] += update_squares;
+    table[segment.row][kAdamSquares] += adam_squares;
   }
 }
 

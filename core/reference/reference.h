@@ -54,6 +54,7 @@ class ReferenceBackend : public Backend {
 
   void residual_norm_forward(const ResidualNormForward&, Stream*) override;
   void residual_norm_backward(const ResidualNormBackward&, Stream*) override;
+  void residual_statistics(const ResidualStatistics&, Stream*) override;
   void head_norm_statistics(const HeadNormStatistics&, Stream*) override;
   void head_norm_backward_statistics(const HeadNormBackwardStatistics&, Stream*) override;
   void head_norm_rope_forward(const HeadNormRopeForward&, Stream*) override;

@@ -86,10 +86,20 @@ std::string layer_label(int layer, int layers) {
 
 std::vector<MetricAxis::Entry> gradient_entries(const ModelRows& rows) {
   std::vector<MetricAxis::Entry> entries;
-  for (const GradientRow& row : rows.gradient) {
+  for (std::size_t i = 0; i < rows.gradient.size(); ++i) {
+    const GradientRow& row = rows.gradient[i];
     const std::string kind = name_of(row.kind);
     const std::string label = row.layer < 0 ? kind : layer_label(row.layer, rows.layers) + "." + kind;
     entries.push_back(entry(label, row.layer, kind));
+    if (i < rows.elements.size()) entries.back().set_elements(static_cast<std::int64_t>(rows.elements[i]));
+  }
+  return entries;
+}
+
+std::vector<MetricAxis::Entry> layer_entries(const ModelRows& rows) {
+  std::vector<MetricAxis::Entry> entries;
+  for (int layer = 0; layer < rows.layers; ++layer) {
+    entries.push_back(entry(layer_label(layer, rows.layers), layer));
   }
   return entries;
 }
@@ -108,7 +118,7 @@ std::vector<MetricAxis::Entry> expert_entries(const ModelRows& rows) {
 
 }  // namespace
 
-TrainingMetrics::TrainingMetrics(const ModelRows& rows) {
+TrainingMetrics::TrainingMetrics(const ModelRows& rows) : measures(rows.measures) {
   using D = MetricDefinition;
   const auto scalar = [this](const char* name, const char* unit, MetricTable::Reduction reduction,
                              const char* definition) {
@@ -151,6 +161,61 @@ TrainingMetrics::TrainingMetrics(const ModelRows& rows) {
                                "entropy of a token's router probabilities, mean over the tokens");
   router_lse_square = table.value("router_lse_square", "nat^2", D::MEAN, {moe_layer},
                                   "squared log-sum-exp of a token's router logits, mean over the tokens");
+  if (measures) add_measures(gradient, table.axis("layer", layer_entries(rows)), moe_layer, expert);
+}
+
+void TrainingMetrics::add_measures(int gradient, int layer, int moe_layer, int expert) {
+  using D = MetricDefinition;
+  const auto value = [this](const char* name, MetricTable::Reduction reduction, const std::vector<int>& axes,
+                            const char* definition) {
+    return table.value(name, "", reduction, axes, definition);
+  };
+  param_norm = value("param_norm", D::SUM, {gradient},
+                     "Euclidean norm of the weights after the update; 0 in a skipped step");
+  update_norm = value("update_norm", D::SUM, {gradient},
+                      "Euclidean norm of the change of the weights, decay included; 0 in a skipped step");
+  adam_rms = value("adam_rms", D::SUM, {gradient},
+                   "square root of the mean of g^2 / max(v, eps^2), g clipped, v the bias-corrected second "
+                   "moment after the update; 0 in a skipped step");
+  grad_absmax = value("grad_absmax", D::MAXIMUM, {gradient},
+                      "largest magnitude of a finite gradient element before clipping");
+  resid_rms = value("resid_rms", D::SUM, {layer},
+                    "root mean square of the block's output, over all tokens; NaN when an element is");
+  resid_absmax = value("resid_absmax", D::MAXIMUM, {layer}, "largest magnitude in the block's output");
+  dresid_norm =
+      value("dresid_norm", D::SUM, {layer},
+            "Euclidean norm of the loss' gradient at the block's output, over all tokens, before clipping");
+  attn_logit_max = value("attn_logit_max", D::MAXIMUM, {layer}, "largest scaled q.k, at least 0");
+  router_logit_max = value("router_logit_max", D::MAXIMUM, {moe_layer}, "largest router logit, at least 0");
+  expert_grad_norm = value("expert_grad_norm", D::SUM, {moe_layer, expert},
+                           "Euclidean norm of the gradient of one expert's three matrices, finite elements "
+                           "only, every telemetry.expert_every steps; all 0 in other steps");
+  logz_mean = table.scalar("logz_mean", "nat", D::MEAN,
+                           "log-sum-exp of a predicted token's logits, mean over the predicted tokens");
+  logz_max = table.scalar("logz_max", "nat", D::MAXIMUM, "its maximum, at least 0");
+  output_logit_max =
+      table.scalar("output_logit_max", "", D::MAXIMUM, "largest logit of the LM head, at least 0");
+  gradient_noise_scale = table.scalar(
+      "gradient_noise_scale", "token", D::SUM,
+      "trace of a token's gradient covariance over the squared norm of the mean gradient, dense matrices, "
+      "every telemetry.noise_every steps; NaN elsewhere, with one data-parallel rank, and where noise hides "
+      "the mean");
+  replica_mismatches = table.scalar(
+      "replica_mismatches", "copy", D::SUM,
+      "copies of a tensor whose bits are not those of the other ranks, or of the rounded master, every "
+      "telemetry.check_every steps; NaN elsewhere");
+  step_spread = add_spread("step_seconds", "wall time of a step up to the exchange of these numbers");
+  communication_spread = add_spread("communication_seconds", "waiting for collectives up to there");
+  compute_spread = add_spread("compute_seconds", "the difference of the two: a slow rank has the most of it");
+}
+
+TrainingMetrics::RankSpread TrainingMetrics::add_spread(const std::string& name,
+                                                        const std::string& definition) {
+  using D = MetricDefinition;
+  return {table.scalar(name + "_min", "s", D::MINIMUM, "the least of the ranks: " + definition),
+          table.scalar(name + "_mean", "s", D::MEAN, "mean of the ranks: " + definition),
+          table.scalar(name + "_max", "s", D::MAXIMUM, "the most of the ranks: " + definition),
+          table.scalar(name + "_max_rank", "rank", D::SAME, "which rank that is, the lowest of several")};
 }
 
 }  // namespace hybridmoe

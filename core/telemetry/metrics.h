@@ -63,6 +63,8 @@ struct ModelRows {
   std::vector<int> moe_layers;        // ascending
   int experts = 0;                    // of every MoE layer
   std::vector<GradientRow> gradient;  // in the order of the optimizer's gradient table
+  std::vector<double> elements = {};  // of each of these rows, over the model; empty: not known
+  bool measures = true;               // telemetry.metrics
 };
 
 // The metrics that every training step records.
@@ -85,6 +87,23 @@ struct TrainingMetrics {
   Metric expert_load;      // [MoE layers, experts] counts
   Metric dropped;          // [MoE layers] counts
   Metric router_entropy, router_lse_square;  // [MoE layers] values
+
+  // What telemetry.metrics adds; undefined without it.
+  bool measures;
+  Metric param_norm, update_norm, adam_rms, grad_absmax;        // [gradient rows] values
+  Metric resid_rms, resid_absmax, dresid_norm, attn_logit_max;  // [layers] values
+  Metric router_logit_max;                                      // [MoE layers] values
+  Metric expert_grad_norm;                                      // [MoE layers, experts] values
+  Metric logz_mean, logz_max, output_logit_max;                 // scalars, as all that follow
+  Metric gradient_noise_scale, replica_mismatches;
+  struct RankSpread {
+    Metric min, mean, max, max_rank;
+  };
+  RankSpread step_spread, communication_spread, compute_spread;
+
+ private:
+  void add_measures(int gradient, int layer, int moe_layer, int expert);
+  RankSpread add_spread(const std::string& name, const std::string& definition);
 };
 
 }  // namespace hybridmoe

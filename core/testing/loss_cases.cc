@@ -123,6 +123,7 @@ OperatorCase head_finish(const HeadShape& s) {
   c.output("token_loss", kS, {s.n}).error(1);
   c.accumulate("sums", kF64, {kHeadSums}).error(n);
   c.accumulate("logit_max", kF64, {1}, constant(-INFINITY));
+  c.accumulate("lse_max", kF64, {1}, constant(-INFINITY));
   c.scratch("dlogits", kC, {s.n, s.rows});
   if (s.dh) c.output("dh", kC, {s.n, s.d}).error(rows, 1);
   if (s.dweight) c.accumulate("dweight", kS, {s.rows, s.d}).error(n + 1, 1);
@@ -140,6 +141,7 @@ OperatorCase head_finish(const HeadShape& s) {
                    .token_loss = t["token_loss"],
                    .sums = t["sums"],
                    .logit_max = t["logit_max"],
+                   .lse_max = t["lse_max"],
                    .dlogits = t["dlogits"],
                    .dh = t["dh"],
                    .dweight = t["dweight"]},

@@ -73,6 +73,20 @@ OperatorCase residual_norm_backward(const NormShape& s) {
   return c;
 }
 
+OperatorCase residual_statistics(const std::string& name, std::int64_t n, std::int64_t d, bool absmax,
+                                 double scale = 1) {
+  OperatorCase c("residual_statistics/" + name);
+  c.input("x", kC, {n, d}, normal(scale)).gap(3);
+  // A quantity of its own size would not see what small values add.
+  c.accumulate("squares", kF64, {1}, constant(scale * scale)).error(static_cast<double>(n * d));
+  if (absmax) c.accumulate("absmax", kF64, {1}, constant(scale));
+  c.run = [](Backend& b, const TensorSet& t) {
+    b.residual_statistics({.x = t["x"], .squares = t["squares"], .absmax = t["absmax"]}, b.main_stream());
+  };
+  c.flops = 2.0 * n * d;
+  return c;
+}
+
 struct HeadShape {
   std::string name;
   std::int64_t n;
@@ -216,6 +230,12 @@ void add_norms(Cases& cases) {
   cases.push_back(residual_norm_backward({"dsum_is_skip", 300, 24, true, "skip"}));
   cases.push_back(residual_norm_backward({"small_values", 4, 32, true, "", 1e-3}));
 
+  cases.push_back(residual_statistics("13x37", 13, 37, true));
+  cases.push_back(residual_statistics("many_rows", 700, 40, true));
+  cases.push_back(residual_statistics("no_absmax", 5, 16, false));
+  cases.push_back(residual_statistics("no_rows", 0, 8, true));
+  cases.push_back(residual_statistics("squares_below_fp32", 40, 24, true, 1e-25));
+
   constexpr HeadNormKind kNone = HeadNormKind::None, kPerHead = HeadNormKind::PerHead,
                          kFull = HeadNormKind::FullWidth;
   add_heads({"per_head_rope", 10, 3, 8, kPerHead, true, 0, 5}, cases);
@@ -238,6 +258,7 @@ void add_norms(Cases& cases) {
 void add_norms(const BenchmarkSize& z, Cases& cases) {
   cases.push_back(residual_norm_forward({"residual", z.tokens(), z.d}));
   cases.push_back(residual_norm_backward({"residual", z.tokens(), z.d}));
+  cases.push_back(residual_statistics("stream", z.tokens(), z.d, true));
   const std::int64_t gap = 2 * z.kv_heads * z.head_dim;  // q within rows of qkv
   add_heads({"q_per_head_rope", z.tokens(), z.heads, z.head_dim, HeadNormKind::PerHead, true, 0,
              z.sequence_length, gap},

@@ -67,7 +67,7 @@ OperatorCase adamw(const std::string& name, std::int64_t m, const Segments& list
   c.accumulate("weight", kC, {m}, start).alias_of("master").touch(0.5);  // only written
   c.accumulate("m", kS, {m}, normal(0.1));
   c.accumulate("v", kS, {m}, [](const Random& random, std::int64_t i) { return 0.02 * random.uniform(i); });
-  if (table) c.accumulate("table", kF64, {rows_of(list), 2}).error(static_cast<double>(m));
+  if (table) c.accumulate("table", kF64, {rows_of(list), kUpdateColumns}).error(static_cast<double>(m));
   c.run = [segments](Backend& b, const TensorSet& t) {
     b.adamw({.grad = t["grad"],
              .master = t["master"],

@@ -116,6 +116,9 @@ TEST(ConfigValidate, OneViolationForOneMistake) {
       {{"parallel.watchdog_seconds=inf"}, "parallel.watchdog_seconds", "nearest: 1e6"},
       {{"checkpoint.keep=-1"}, "checkpoint.keep", "nearest: 0"},
       {{"telemetry.progress_every=0"}, "telemetry.progress_every", "nearest: 1"},
+      {{"telemetry.expert_every=-1"}, "telemetry.expert_every", "nearest: 0"},
+      {{"telemetry.noise_every=-1"}, "telemetry.noise_every", "nearest: 0"},
+      {{"telemetry.check_every=-1"}, "telemetry.check_every", "nearest: 0"},
       {{"emulate_bf16=true"}, "emulate_bf16", "precision to BF16"},
       {{"name=a/b"}, "name", ""},
   };

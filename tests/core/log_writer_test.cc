@@ -29,7 +29,12 @@ TEST(Metrics, ColumnsDoNotOverlap) {
   const StepRecord step = metrics.table.make_step(1);
   EXPECT_EQ(metrics.layer_grad_norm.size, 3);
   EXPECT_EQ(metrics.expert_load.size, 8);
-  EXPECT_EQ(step.value_size(), 3 + 2 + 2);
+  // Without telemetry.metrics: gradient norms and two numbers a router. With it four more of each gradient
+  // row, four of each layer, one of each router and of each expert.
+  ModelRows plain = small_model();
+  plain.measures = false;
+  EXPECT_EQ(TrainingMetrics(plain).table.make_step(1).value_size(), 3 + 2 + 2);
+  EXPECT_EQ(step.value_size(), 3 + 2 + 2 + 4 * 3 + 4 * 2 + 2 + 8);
   EXPECT_EQ(step.count_size(), 3 + 8 + 2);
   EXPECT_EQ(metrics.expert_load.column, 3);
   RunHeader header;
@@ -37,6 +42,14 @@ TEST(Metrics, ColumnsDoNotOverlap) {
   EXPECT_EQ(header.axis(0).entry(1).label(), "layer_1.qkv");
   EXPECT_EQ(header.axis(0).entry(2).label(), "head");
   EXPECT_EQ(header.axis(0).entry(2).layer(), -1);
+  EXPECT_EQ(header.axis(3).name(), "layer");
+  EXPECT_EQ(header.axis(3).entry(1).label(), "layer_1");
+  EXPECT_EQ(header.axis(3).entry(1).layer(), 1);
+  EXPECT_EQ(header.axis(0).entry(0).elements(), 0) << "not known";
+  ModelRows counted = small_model();
+  counted.elements = {12, 34, 56};
+  TrainingMetrics(counted).table.define(&header);
+  EXPECT_EQ(header.axis(0).entry(1).elements(), 34);
   MetricTable twice;
   twice.scalar("x", "", MetricDefinition::SUM, "");
   EXPECT_THROW(twice.scalar("x", "", MetricDefinition::SUM, ""), Error);

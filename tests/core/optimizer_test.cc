@@ -42,6 +42,7 @@ struct Steps {
   std::unique_ptr<Backend> backend;
   std::vector<T> grad = std::vector<T>(kElements), weight = std::vector<T>(kElements, 1);
   std::vector<T> m = std::vector<T>(kElements), v = std::vector<T>(kElements);
+  std::vector<double> updates = std::vector<double>(2 * kUpdateColumns);  // of the last step
   std::vector<double> table = std::vector<double>(2 * kGradColumns),
                       scalars = std::vector<double>(kStepScalars);
   std::vector<Segment> segments{{0, kDecaying, 0, true}, {kDecaying, kElements, 1, false}};
@@ -55,6 +56,7 @@ struct Steps {
   }
   void run() {
     std::fill(table.begin(), table.end(), 0.0);
+    std::fill(updates.begin(), updates.end(), 0.0);
     const Tensor rows(table.data(), DType::F64, {2, kGradColumns});
     const Tensor values(scalars.data(), DType::F64, {kStepScalars});
     backend->grad_table({.grad = view(grad), .segments = &segments, .table = rows}, nullptr);
@@ -76,7 +78,8 @@ struct Steps {
                     .beta1 = kBeta1,
                     .beta2 = kBeta2,
                     .eps = kEps,
-                    .weight_decay = kDecay},
+                    .weight_decay = kDecay,
+                    .table = Tensor(updates.data(), DType::F64, {2, kUpdateColumns})},
                    nullptr);
     if (scalars[kSkip] == 0) ++applied;
   }
@@ -90,6 +93,33 @@ struct Steps {
         EXPECT_NEAR(weight[i], expected_weight(number, i), tolerance)
             << "step " << number << " element " << i;
       }
+      expect_update_table(number, tolerance);
+    }
+  }
+  // The table's rows from weights and gradients alone.
+  void expect_update_table(int number, double tolerance) {
+    double expected[2][kUpdateColumns] = {};
+    for (std::int64_t i = 0; i < kElements; ++i) {
+      const double now = expected_weight(number, i), before = expected_weight(number - 1, i);
+      double second = 0;
+      for (int s = 1; s <= number; ++s) {
+        const double g = clip_factor(s) * gradient(s, i);
+        second += (1 - kBeta2) * std::pow(kBeta2, number - s) * g * g;
+      }
+      second /= 1 - std::pow(kBeta2, number);
+      const double g = clip_factor(number) * gradient(number, i);
+      double* const row = expected[i < kDecaying ? 0 : 1];
+      row[kParamSquares] += now * now;
+      row[kUpdateSquares] += (now - before) * (now - before);
+      row[kAdamSquares] += g * g / std::max(second, kEps * kEps);
+    }
+    for (int row = 0; row < 2; ++row) {
+      for (int column = 0; column < kUpdateColumns; ++column) {
+        const double sum = expected[row][column];
+        // Each of the terms was rounded like a weight.
+        EXPECT_NEAR(updates[row * kUpdateColumns + column], sum, 10 * tolerance * sum)
+            << "step " << number << " row " << row << " column " << column;
+      }
     }
   }
   // A step with one bad value changes nothing, and the next one is as if it had not been.
@@ -102,6 +132,7 @@ struct Steps {
     EXPECT_EQ(weight, before);
     EXPECT_EQ(m, first);
     EXPECT_EQ(v, second);
+    EXPECT_EQ(updates, std::vector<double>(2 * kUpdateColumns)) << "nothing was updated";
     step(2);
     for (std::int64_t i = 0; i < kElements; ++i) EXPECT_NEAR(weight[i], expected_weight(2, i), tolerance);
   }

@@ -118,7 +118,8 @@ Case drawn_case(std::uint64_t number) {
       cat("evaluation { sequences: ", result.vocabulary == 600 ? 8 : 9,
           " } schedule { warmup_steps: 2 } steps: 30 precision: F64 seed: ", number + 1,
           " parallel { bucket_bytes: ", draw.of({1024, 4096, 1 << 20}),
-          " exchange_chunks: ", draw.of({1, 2, 3}), " exchange_overlap: ", draw.of({"true", "false"}), " } ");
+          " exchange_chunks: ", draw.of({1, 2, 3}), " exchange_overlap: ", draw.of({"true", "false"}), " } ",
+          "telemetry { expert_every: 1 check_every: 2 } ");
   Config config = parse_config_text(result.text, "drawn case");
   complete(&config, result.vocabulary);
   std::vector<Layout> layouts = testing::legal_layouts(world, layout_demands(config));

@@ -1,0 +1,191 @@
+#include "launcher/self_check.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <map>
+#include <string_view>
+
+#include "core/files/checksum.h"
+
+namespace hybridmoe {
+
+namespace {
+
+using Hashes = std::vector<std::int64_t>;
+
+std::int64_t hash_of(const Tensor& tensor) {
+  return static_cast<std::int64_t>(
+      xxh3({static_cast<const char*>(tensor.data), static_cast<std::size_t>(tensor.bytes())}));
+}
+
+std::string ranks_text(const std::vector<std::int64_t>& ranks) {
+  std::string text = ranks.size() == 1 ? "rank" : "ranks";
+  constexpr std::size_t kMost = 8;
+  for (std::size_t i = 0; i < std::min(ranks.size(), kMost); ++i) text += cat(" ", ranks[i]);
+  if (ranks.size() > kMost) text += cat(" and ", ranks.size() - kMost, " more");
+  return text;
+}
+
+// hashes: by rank of the group. The most frequent one is taken for right, of several the one of the lowest
+// rank.
+void compare_hashes(const std::string& name, const Hashes& hashes,
+                    const std::vector<std::int64_t>& world_ranks, ReplicaReport* report) {
+  std::map<std::int64_t, std::int64_t> frequency;
+  for (const std::int64_t hash : hashes) ++frequency[hash];
+  if (frequency.size() <= 1) return;
+  const std::int64_t usual =
+      *std::max_element(hashes.begin(), hashes.end(),
+                        [&](std::int64_t a, std::int64_t b) { return frequency[a] < frequency[b]; });
+  std::vector<std::int64_t> others, same;
+  for (std::size_t r = 0; r < hashes.size(); ++r) {
+    (hashes[r] == usual ? same : others).push_back(world_ranks[r]);
+  }
+  report->mismatches += std::ssize(others);
+  report->messages.push_back(
+      cat(name, ": the copy of ", ranks_text(others), " differs from that of ", ranks_text(same)));
+}
+
+// Every rank of `group` passes the hashes of the same tensors; its first rank compares.
+void compare_over(Communicator& group, std::int64_t world_rank, const std::vector<std::string>& names,
+                  const Hashes& mine, ReplicaReport* report) {
+  if (group.size() == 1 || names.empty()) return;
+  const std::int64_t width = std::ssize(mine) + 1;
+  Hashes own = {world_rank}, all(width * group.size());
+  own.insert(own.end(), mine.begin(), mine.end());
+  group
+      .all_gather(Tensor(own.data(), DType::I64, {width}), Tensor(all.data(), DType::I64, {std::ssize(all)}),
+                  "hashes of replicas")
+      .wait();
+  if (group.rank() != 0) return;
+  std::vector<std::int64_t> world_ranks;
+  for (int r = 0; r < group.size(); ++r) world_ranks.push_back(all[r * width]);
+  for (std::size_t i = 0; i < names.size(); ++i) {
+    Hashes hashes;
+    for (int r = 0; r < group.size(); ++r)
+      hashes.push_back(all[r * width + 1 + static_cast<std::int64_t>(i)]);
+    compare_hashes(names[i], hashes, world_ranks, report);
+  }
+}
+
+// The owned weights of a bucket against its masters in the weights' type.
+void compare_masters(const ParameterStore& parameters, const ParameterStore::Bucket& bucket,
+                     std::int64_t world_rank, const Tensor& rounded, Backend& backend,
+                     ReplicaReport* report) {
+  if (bucket.master.empty()) return;
+  const Tensor weights = bucket.owned_weight();
+  for (const auto& range : bucket.owned) {
+    bool equal = true;
+    for (std::int64_t done = 0; equal && done < range.length;) {
+      const std::int64_t n = std::min(range.length - done, rounded.elements());
+      const std::int64_t begin = range.shard_begin + done;
+      const Tensor expected = rounded.flat(0, n), actual = weights.flat(begin, begin + n);
+      backend.convert(bucket.master.flat(begin, begin + n), expected, nullptr);
+      equal = std::memcmp(expected.data, actual.data, static_cast<std::size_t>(actual.bytes())) == 0;
+      done += n;
+    }
+    if (equal) continue;
+    ++report->mismatches;
+    report->messages.push_back(cat(parameters.spec(range.parameter).name, ": on rank ", world_rank,
+                                   ", its owner, the weights are not the rounded master copy"));
+  }
+}
+
+// Finds of single ranks to all of them.
+void share(Communicator& world, ReplicaReport* report) {
+  world.all_reduce(Tensor(&report->mismatches, DType::I64, {1}), ReduceOp::Sum, "replica mismatches").wait();
+  if (report->mismatches == 0) return;
+  std::string lines;
+  for (const std::string& message : report->messages) lines += message + "\n";
+  report->messages.clear();
+  for (const std::string& of_rank : world.gather_strings(lines, "replica mismatches")) {
+    for (std::size_t begin = 0, end; (end = of_rank.find('\n', begin)) != std::string::npos;
+         begin = end + 1) {
+      report->messages.push_back(of_rank.substr(begin, end - begin));
+    }
+  }
+}
+
+template <class T>
+double finite_squares(const T* values, std::int64_t count) {
+  double sum = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const double value = static_cast<double>(values[i]);
+    if (std::isfinite(value)) sum += value * value;
+  }
+  return sum;
+}
+
+double finite_squares(const Tensor& values) {
+  if (values.dtype == DType::F64) return finite_squares(values.ptr<double>(), values.elements());
+  return finite_squares(values.ptr<float>(), values.elements());
+}
+
+}  // namespace
+
+ReplicaReport check_replicas(const ParameterStore& parameters,
+                             const std::vector<std::pair<std::string, Tensor>>& on_all_ranks,
+                             const Tensor& rounded, Backend& backend, const Groups& groups) {
+  require(backend.device() == Device::CPU, "replicas are hashed on the host");
+  const std::int64_t rank = groups.world->rank();
+  ReplicaReport report;
+  for (const auto& bucket : parameters.buckets()) {
+    std::vector<std::string> names;
+    Hashes hashes;
+    for (const ParameterStore::Id id : bucket.parameters) {
+      names.push_back(parameters.spec(id).name);
+      hashes.push_back(bucket.replicas->size() > 1 ? hash_of(parameters.weight(id)) : 0);
+    }
+    compare_over(*bucket.replicas, rank, names, hashes, &report);
+    compare_masters(parameters, bucket, rank, rounded, backend, &report);
+  }
+  std::vector<std::string> names;
+  Hashes hashes;
+  for (const auto& [name, tensor] : on_all_ranks) {
+    names.push_back(name);
+    hashes.push_back(hash_of(tensor));
+  }
+  compare_over(*groups.world, rank, names, hashes, &report);
+  share(*groups.world, &report);
+  return report;
+}
+
+std::string check_gradient_table(ParameterStore& parameters, const Tensor& table, const Groups& groups) {
+  std::vector<Event> gathered;
+  for (auto& bucket : parameters.buckets()) {
+    gathered.push_back(
+        bucket.replicas->all_gather(bucket.owned_gradient(), bucket.gradient, "gradient of all owners"));
+  }
+  for (const Event& event : gathered) event.wait();
+  const std::vector<GradientRow>& rows = parameters.table();
+  std::vector<double> squares(rows.size());
+  for (ParameterStore::Id id = 0; id < parameters.size(); ++id) {
+    const ParameterSpec& spec = parameters.spec(id);
+    if (spec.replicas->rank() != 0) continue;
+    const Tensor gradient = parameters.gradient(id);
+    std::int64_t local = 0;
+    for (const GlobalRun& run : spec.runs) {
+      const std::int64_t end = local + run.end - run.begin;
+      const auto row = std::find(rows.begin(), rows.end(), GradientRow{spec.layer, run.kind});
+      squares[row - rows.begin()] += finite_squares(gradient.flat(local, end));
+      local = end;
+    }
+  }
+  groups.world
+      ->all_reduce(Tensor(squares.data(), DType::F64, {std::ssize(squares)}), ReduceOp::Sum,
+                   "squares of the gathered gradient")
+      .wait();
+  // Both are sums of the same squares in double; only their order differs.
+  constexpr double kTolerance = 1e-9;
+  std::string differences;
+  for (std::size_t row = 0; row < rows.size(); ++row) {
+    const double own = table.ptr<double>()[row * kGradColumns + kGradSquares];
+    if (std::abs(own - squares[row]) <= kTolerance * std::max(own, squares[row])) continue;
+    differences +=
+        cat(differences.empty() ? "" : "; ", name_of(rows[row].kind), " of layer ", rows[row].layer,
+            ": the gradient table has squares of ", own, ", the gathered gradient ", squares[row]);
+  }
+  return differences;
+}
+
+}  // namespace hybridmoe
