@@ -6,6 +6,7 @@
 #include "core/error.h"
 #include "core/telemetry/log_verify.h"
 #include "tools/log_export.h"
+#include "tools/log_figure.h"
 #include "tools/log_report.h"
 #include "tools/log_summary.h"
 #include "tools/log_tables.h"
@@ -105,6 +106,12 @@ int compare(const Options& options) {
   std::vector<std::string> directories;
   for (const std::string& run : options.runs) directories.push_back(find_log_directory(run));
   const Comparison comparison = compare_runs(directories, read_options(options).mode, options.compare);
+  if (!options.output.empty()) {
+    std::ofstream file(options.output);
+    draw_comparison(comparison, file);
+    file.close();
+    require(file.good(), options.output, ": cannot write this file");
+  }
   (options.json ? print_comparison_json : print_comparison)(comparison, std::cout);
   return 0;
 }
@@ -174,6 +181,7 @@ int run(int argc, char** argv) {
   compare_command->add_option("--at", options.compare.at, "steps, first, last (default: 1,last)")
       ->delimiter(',');
   compare_command->add_flag("--json", options.json, "for programs");
+  compare_command->add_option("--svg", options.output, "also a picture, into this file");
 
   try {
     app.parse(argc, argv);
