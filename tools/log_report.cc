@@ -9,6 +9,7 @@
 #include <nlohmann/json.hpp>
 
 #include "core/error.h"
+#include "core/telemetry/explain.h"
 #include "tools/log_summary.h"
 #include "tools/report_data.h"
 #include "tools/report_page.h"
@@ -19,7 +20,7 @@ namespace {
 using ReportJson = nlohmann::ordered_json;
 
 constexpr std::size_t kMostMeans = 4000;
-constexpr std::size_t kMostEvents = 2000;
+constexpr std::size_t kMostEvents = 2000, kExplained = 5;
 static_assert(std::endian::native == std::endian::little, "the page reads little-endian arrays");
 
 template <class T>
@@ -170,8 +171,41 @@ ReportJson facts_json(const RunLog& log) {
           {"config", config}};
 }
 
-ReportJson run_json(const std::string& run, bool whole) {
-  const ReportData data = gather_report(find_log_directory(run));
+// What went wrong, as `hybridmoe-log why` finds it; explained are the first few, because each is looked up in
+// the log.
+ReportJson incidents_json(const std::string& directory, const RunLog& log) {
+  ReportJson json = ReportJson::array();
+  if (log.steps().empty()) return json;
+  const Explanation first = explain(directory, ReadMode::TolerateTail, 0);
+  const auto add = [&json](const Incident& incident, const Attribution* cause) {
+    json.push_back({{"step", cause == nullptr ? incident.first_step : cause->step},
+                    {"last_step", incident.last_step},
+                    {"kind", name_of(incident.kind)},
+                    {"metric", incident.metric}});
+    if (cause == nullptr) return;
+    json.back()["sentence"] = cause->sentence;
+    json.back()["layer"] = cause->layer;
+  };
+  // A router's fault shows in no scalar, and is the first explanation's own.
+  if (first.incidents.empty() && first.attribution.cause != Attribution::Cause::None) {
+    add(first.attribution.incident, &first.attribution);
+  }
+  for (std::size_t i = 0; i < first.incidents.size() && i < kMostEvents; ++i) {
+    const Incident& incident = first.incidents[i];
+    if (i >= kExplained) {
+      add(incident, nullptr);
+    } else {
+      const Explanation own =
+          i == 0 ? first : explain(directory, ReadMode::TolerateTail, incident.first_step);
+      add(incident, &own.attribution);
+    }
+  }
+  return json;
+}
+
+ReportJson run_json(const std::string& run) {
+  const std::string directory = find_log_directory(run);
+  const ReportData data = gather_report(directory);
   std::filesystem::path path(run);
   if (!path.has_filename()) path = path.parent_path();
   const std::vector<std::int64_t>& steps = data.log.steps();
@@ -179,8 +213,8 @@ ReportJson run_json(const std::string& run, bool whole) {
                      {"facts", facts_json(data.log)},
                      {"steps", base64(std::vector<double>(steps.begin(), steps.end()))},
                      {"scalars", scalars_json(data.log)},
-                     {"events", events_json(data.log)}};
-  if (!whole) return json;
+                     {"events", events_json(data.log)},
+                     {"incidents", incidents_json(directory, data.log)}};
   json["column_steps"] = data.column_steps;
   json["coarse_steps"] = data.coarse_steps;
   for (const DenseColumns& columns : data.dense) json["dense"][columns.name] = dense_json(columns);
@@ -206,7 +240,7 @@ void write_report(const std::vector<std::string>& runs, std::ostream& out) {
           "and configure again");
   require(!runs.empty(), "report: a run directory was expected");
   ReportJson data = {{"runs", ReportJson::array()}};
-  for (const std::string& run : runs) data["runs"].push_back(run_json(run, true));
+  for (const std::string& run : runs) data["runs"].push_back(run_json(run));
   std::string page = kReportHtml;
   const auto put = [&page](const std::string& place, const std::string& text) {
     const std::size_t at = page.find(place);

@@ -78,7 +78,7 @@ class Report : public ::testing::Test {
           metric_values(&record, grads)[2 * l] = static_cast<float>(3e-2 * (l == kSpikeLayer ? factor : 1));
           metric_values(&record, grads)[2 * l + 1] = 4e-2f;
           metric_values(&record, resid)[l] = static_cast<float>(1 << l);
-          metric_values(&record, back)[l] = static_cast<float>(8 >> l);
+          metric_values(&record, back)[l] = static_cast<float>((8 >> l) * (l <= kSpikeLayer ? factor : 1));
         }
         for (int i = 0; i < 2 * kReportExperts; ++i) metric_counts(&record, load)[i] = 10;
         if (step >= 200) metric_counts(&record, load)[kReportExperts + 2] = 0;
@@ -232,7 +232,11 @@ TEST_F(Report, InABrowser) {
          "return [...document.querySelectorAll('#router-table tr')].map((r) => r.className + '|' + "
          "r.textContent)"}},
        {{"script", "return [...document.querySelectorAll('#events tr')].map((r) => r.textContent)"}},  // 13
-       {{"script", "return document.getElementById('lead').textContent"}},                             // 14
+       {{"script",
+         "const b = document.querySelector('#why button'); report.picked.layer = report.picked.step = 0; "
+         "b.click(); "
+         "return [document.getElementById('lead').textContent, b.textContent, report.picked.layer, "
+         "report.picked.step]"}},
        {{"console", true}}});
   ASSERT_EQ(result.size(), 16u);
   // The spike is bright, what lies beside it is not.
@@ -248,7 +252,8 @@ TEST_F(Report, InABrowser) {
   // Forward: layer 1 over layer 0, 2 over 1; backward: 0 over 1, 1 over 2.
   EXPECT_TRUE(result[5][0][0].is_null());
   EXPECT_NEAR(result[5][0][1].get<double>(), 2, 1e-3);
-  EXPECT_NEAR(result[5][1][1].get<double>(), 2, 1e-3);
+  EXPECT_NEAR(result[5][1][0].get<double>(), 2, 1e-3);
+  EXPECT_NEAR(result[5][1][1].get<double>(), 100, 1e-2);
   EXPECT_TRUE(result[5][1][2].is_null());
   // All charts zoom together, and back.
   EXPECT_LE(result[6][0][0].get<double>(), 1);
@@ -261,13 +266,17 @@ TEST_F(Report, InABrowser) {
   EXPECT_EQ(result[10], result[6]);
   EXPECT_EQ(result[11][0], kReportSteps);
   EXPECT_NEAR(result[11][1].get<double>(), 0.6, 1e-6);
-  EXPECT_EQ(result[11][2], 3);
-  EXPECT_EQ(result[11][3], (ReportJson{"CHECKPOINT_SAVED200", "SKIP250", "RESTART301"}));
+  EXPECT_EQ(result[11][2], 4);
+  EXPECT_EQ(result[11][3], (ReportJson{"CHECKPOINT_SAVED200", "SKIP250", "INCIDENT250", "RESTART301"}));
   EXPECT_NE(result[12][2].get<std::string>().find("bad|layer_2"), std::string::npos) << result[12];
   EXPECT_NE(result[12][2].get<std::string>().find("1 of 4"), std::string::npos) << result[12];
   EXPECT_EQ(result[12][1].get<std::string>().find("bad"), std::string::npos) << result[12];
   EXPECT_NE(result[13][2].get<std::string>().find("layer 1 blew up"), std::string::npos) << result[13];
-  EXPECT_NE(result[14].get<std::string>().find("1 × skip"), std::string::npos) << result[14];
+  EXPECT_NE(result[14][0].get<std::string>().find("1 × skip, 1 incident"), std::string::npos) << result[14];
+  EXPECT_NE(result[14][1].get<std::string>().find("layer_1 (qkv) went wrong first"), std::string::npos)
+      << result[14];
+  EXPECT_EQ(result[14][2], kSpikeLayer);
+  EXPECT_EQ(result[14][3], kSpike);
   for (const ReportJson& message : result[15]) {  // the test's own reading of pixels may be called slow
     EXPECT_NE(message.get<std::string>().find("willReadFrequently"), std::string::npos) << message;
   }

@@ -7,7 +7,7 @@ const runColours = ['#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b
 const lineColours = [...runColours, '#882255', '#44aa99', '#aa4499', '#6699cc', '#117733'];
 const kindColours = {
   RESTART: '#0072b2', SKIP: '#c2410c', NON_FINITE: '#c2410c', HASH_MISMATCH: '#c2410c', CHECKPOINT_FAILED: '#c2410c',
-  RECORDS_LOST: '#c2410c', SPIKE: '#e69f00', STRAGGLER: '#cc79a7', SIGNAL: '#8c6d1f', CHECKPOINT_SAVED: '#009e73',
+  RECORDS_LOST: '#c2410c', INCIDENT: '#e69f00', SPIKE: '#e69f00', STRAGGLER: '#cc79a7', SIGNAL: '#8c6d1f', CHECKPOINT_SAVED: '#009e73',
 };
 const troubles = ['SKIP', 'NON_FINITE', 'HASH_MISMATCH', 'CHECKPOINT_FAILED', 'RECORDS_LOST', 'SPIKE'];
 
@@ -31,7 +31,7 @@ function unpack(packed) {
 function load(raw) {
   const run = {name: raw.name, facts: raw.facts, events: raw.events, scalars: {}, dense: {},
                steps: new Float64Array(bytesOf(raw.steps)), columnSteps: raw.column_steps, coarseSteps: raw.coarse_steps,
-               spikes: raw.spikes || []};
+               incidents: raw.incidents || []};
   for (const [name, scalar] of Object.entries(raw.scalars)) {
     run.scalars[name] = new Float32Array(bytesOf(scalar.data));
     run.scalars[name].stride = scalar.stride;  // steps that each is the mean of
@@ -69,19 +69,21 @@ function sentence(r) {
   let text = `${r.name}: ${whole(last)} of ${whole(r.facts.planned_steps)} steps`;
   if (loss) text += `, loss ${digits(loss[0])} at the start and ${digits(lastOf(loss))} at the end`;
   const bad = r.events.filter((e) => troubles.includes(e.kind) && !e.superseded);
-  const found = r.spikes.length;
+  const found = r.incidents.length;
   text += r.facts.finished ? '. ' : '; the log has no end: it is still being written, or the run was cut off. ';
   if (!bad.length && !found && !r.facts.skipped) return text + 'No update was left out and nothing spiked.';
   const counts = {};
   for (const e of bad) counts[e.kind] = (counts[e.kind] || 0) + 1;
   const parts = Object.entries(counts).map(([kind, n]) => `${n} × ${kind.toLowerCase().replaceAll('_', ' ')}`);
-  if (found) parts.push(`${found} × spike found in the curves`);
+  if (found) parts.push(`${found} incident${found > 1 ? 's' : ''} found in the curves`);
   return text + `To look at: ${parts.join(', ') || `${r.facts.skipped} updates left out`}.`;
 }
 function showHeading() {
   $('title').textContent = runs.length > 1 ? `${runs.length} runs: ${runs.map((r) => r.name).join(', ')}` : run.name;
   document.title = $('title').textContent + ' – run report';
   $('lead').textContent = sentence(run);
+  $('why').replaceChildren(...run.incidents.filter((i) => i.sentence).map((i) => element('li', {}, element(
+      'button', {textContent: i.sentence, title: 'show this layer and step', onclick: () => pickStep(i.layer, i.step)}))));
   const f = run.facts, l = f.layout;
   const facts = {
     'layout': `${l.world} rank${l.world > 1 ? 's' : ''}: tensor ${l.tensor} × data ${l.data}, expert ${l.expert}` +
@@ -113,7 +115,7 @@ function follow(chart) {
 }
 const marksOf = (r) => {
   const marks = r.events.filter((e) => kindColours[e.kind] && !e.superseded).map((e) => ({step: e.step, kind: e.kind}));
-  for (const spike of r.spikes) marks.push({step: spike.step, kind: 'SPIKE'});
+  for (const incident of r.incidents) marks.push({step: incident.step, kind: 'INCIDENT'});
   for (const a of r.facts.attempts) {
     if (a.attempt > 0 && !marks.some((m) => m.kind === 'RESTART' && m.step >= a.resume_step - 1 && m.step <= a.resume_step))
       marks.push({step: a.resume_step, kind: 'RESTART'});
@@ -392,6 +394,12 @@ function pick(layer, column) {
   showGain();
   showRouter();
   for (const chart of [charts.loss, charts.norm, charts.times]) if (chart) chart.updateOptions({});
+}
+function pickStep(layer, step) {
+  let column = 0;
+  while (column + 2 < run.columnSteps.length && run.columnSteps[column + 1] <= step) ++column;
+  pick(layer >= 0 ? layer : picked.layer, column);
+  $('layers').scrollIntoView({behavior: 'smooth'});
 }
 // The picked layer's kinds of tensors over the steps.
 function showLayer() {
