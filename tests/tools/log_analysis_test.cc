@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 #include <sys/wait.h>
+#include <thread>
 
 #include "core/telemetry/log_files.h"
 #include "tests/flip_bit.h"
@@ -142,6 +143,107 @@ TEST_F(LogAnalysis, CompareJoinsNormsByLayer) {
   EXPECT_NE(log_program("compare " + both + " --at 25").status, 0) << "run a ends at 20";
   EXPECT_NE(log_program("compare " + both + " --metric nothing").status, 0);
   EXPECT_NE(log_program("compare " + both + " --at soon").status, 0);
+}
+
+TEST_F(LogAnalysis, CheckExitStatus) {
+  write("ok", 300);
+  write("warn", 300, [this](StepRecord* record) {
+    if (record->step() == 290) set_metric(record, run_.grad_norm, 20);
+  });
+  write("fail", 300, [this](StepRecord* record) {
+    if (record->step() == 290) set_metric(record, run_.skipped, 1);
+  });
+  EXPECT_EQ(log_program("check " + run_of("ok")).status, 0);
+  EXPECT_EQ(log_program("check " + run_of("warn")).status, 1);
+  EXPECT_EQ(log_program("check " + run_of("fail")).status, 2);
+  EXPECT_EQ(log_program("check " + run_of("ok") + " --complete").status, 0);
+  EXPECT_EQ(log_program("check " + run_of("none")).status, 3);
+  const AnalysisJson json = log_json("check " + run_of("fail"), 2);
+  EXPECT_EQ(json["status"], "fail");
+  EXPECT_EQ(json["findings"][0]["rule"], "nonfinite");
+  EXPECT_EQ(json["findings"][0]["step"], 290);
+
+  std::ofstream(directory_.file("rules")) << "spikes: false";
+  EXPECT_EQ(log_program("check " + run_of("warn") + " --rules " + directory_.file("rules")).status, 0);
+  std::ofstream(directory_.file("wrong")) << "spike: false";
+  const Output wrong = log_program("check " + run_of("warn") + " --rules " + directory_.file("wrong"));
+  EXPECT_EQ(wrong.status, 3) << "a mistake in the rules must not look like a verdict";
+  EXPECT_NE(wrong.text.find("wrong:1:"), std::string::npos) << wrong.text;
+
+  const std::string segment = log_segment_path(telemetry_directory(run_of("ok")), 0, 0);
+  flip_bit(segment, static_cast<std::int64_t>(std::filesystem::file_size(segment)) / 2);
+  EXPECT_EQ(log_program("check " + run_of("ok")).status, 3);
+}
+
+// What a killed writer leaves is no damage, but no complete run either.
+TEST_F(LogAnalysis, CheckOfAnUnfinishedRun) {
+  write("run", 300);
+  const std::string segment = log_segment_path(telemetry_directory(run_of("run")), 0, 0);
+  std::filesystem::resize_file(segment, std::filesystem::file_size(segment) - 20000);
+  const AnalysisJson json = log_json("check " + run_of("run"));
+  EXPECT_EQ(json["ended"], false);
+  EXPECT_EQ(log_program("check " + run_of("run") + " --complete").status, 3);
+}
+
+TEST_F(LogAnalysis, WatchRunsTheCommandOnceForEachFailure) {
+  const std::string heard = directory_.file("heard");
+  const std::string log = directory_.file("watch.log");
+  const std::string command =
+      "(timeout 60 " + std::string(HYBRIDMOE_BIN_DIR) + "/hybridmoe-log watch " + run_of("run") +
+      " --every 0.05 --on fail --exec 'echo \"$HYBRIDMOE_STATUS $HYBRIDMOE_STEP\" >> " + heard + "' > " +
+      log + " 2>&1; echo status $? >> " + log + ") &";
+  ASSERT_EQ(std::system(command.c_str()), 0);
+  RunHeader header;
+  run_.table.define(&header);
+  header.set_resume_step(1);
+  LogWriter writer(telemetry_directory(run_of("run")), header, {});
+  const auto contents = [](const std::string& path) {
+    std::ifstream file(path);
+    return std::string(std::istreambuf_iterator<char>(file), {});
+  };
+  const auto wait_for = [&](const std::string& path, const std::string& text) {
+    for (int i = 0; i < 600 && contents(path).find(text) == std::string::npos; ++i)
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    return contents(path).find(text) != std::string::npos;
+  };
+  for (std::int64_t step = 1; step <= 400; ++step) {
+    StepRecord record = run_.healthy(step);
+    if (step == 200) set_metric(&record, run_.skipped, 1);
+    if (step == 300) set_metric(&record, run_.grad_norm, 50);
+    writer.step(std::move(record));
+    if (step == 250) {
+      EXPECT_TRUE(wait_for(heard, "fail 200"));  // while the run goes on
+    }
+  }
+  writer.close();
+  EXPECT_TRUE(wait_for(log, "status 2")) << contents(log);
+  EXPECT_EQ(contents(heard), "fail 200\n");
+  EXPECT_NE(contents(log).find("spikes grad_norm"), std::string::npos) << contents(log);
+}
+
+TEST_F(LogAnalysis, SkipPlanNamesCheckpointAndSamples) {
+  write("my run", 400, [this](StepRecord* record) {
+    if (record->step() >= 301 && record->step() < 304) run_.blow_up(record, 2, 6);
+  });
+  const std::string run = "'" + run_of("my run") + "'";
+  for (const char* step : {"step-00000100", "step-00000300", "step-00000302", "step-00000310.tmp"}) {
+    const std::string checkpoint = run_of("my run") + "/checkpoints/" + step;
+    std::filesystem::create_directories(checkpoint);
+    std::ofstream(checkpoint + "/manifest.textproto") << "step: 0";
+  }
+  const AnalysisJson json = log_json("skip-plan " + run + " --step 302");
+  EXPECT_EQ(json["checkpoint_step"], 300);
+  EXPECT_EQ(json["first_step"], 301);  // the margin ends at the checkpoint
+  EXPECT_EQ(json["last_step"], 304);
+  EXPECT_EQ(json["skip_begin"], 8 * 300);
+  EXPECT_EQ(json["skip_end"], 8 * 304);
+  EXPECT_EQ(json["lost_steps"], 100);
+  EXPECT_EQ(json["command"], "tools/train 1 --config '" + run_of("my run") + "/config.textproto' --run_dir " +
+                                 run + " --resume_step 300 --set 'data.skip+={begin: 2400 end: 2432}'");
+  std::filesystem::remove_all(run_of("my run") + "/checkpoints");
+  const std::string text = log_program("skip-plan " + run + " --margin 3").text;
+  EXPECT_NE(text.find("no checkpoint before it"), std::string::npos) << text;
+  EXPECT_NE(text.find("steps 298 to 306"), std::string::npos) << text;
 }
 
 }  // namespace
