@@ -9,6 +9,7 @@
 #include "tools/log_export.h"
 #include "tools/log_summary.h"
 #include "tools/log_tables.h"
+#include "tools/log_tensorboard.h"
 #include "tools/log_why.h"
 
 namespace hybridmoe {
@@ -18,7 +19,7 @@ constexpr int kCorrupt = 3;  // exit status of verify
 constexpr int kFailed = 3;   // of any command that could not do its work; 1 and 2 are verdicts of check
 
 struct Options {
-  std::string run, mode = "tolerate-tail", output;
+  std::string run, mode = "tolerate-tail", output, tensorboard;
   bool json = false, csv = false;
   std::int64_t step = 0;
   std::int64_t margin = 1;
@@ -47,6 +48,13 @@ int summary(const Options& options) {
 }
 
 int export_log(const Options& options) {
+  if (!options.tensorboard.empty()) {
+    const TensorBoardExport result =
+        export_tensorboard(find_log_directory(options.run), read_options(options).mode, options.what.metrics,
+                           options.tensorboard);
+    std::cout << result.file << ": " << result.steps << " steps, " << result.values << " values\n";
+    return 0;
+  }
   std::ofstream file;
   if (!options.output.empty()) {
     file.open(options.output, std::ios::binary);
@@ -148,6 +156,11 @@ int run(int argc, char** argv) {
   add_mode(export_command);
   CLI::Option* csv = export_command->add_flag("--csv", options.csv, "a row per step (default)");
   export_command->add_flag("--json", options.json, "one JSON object: header, steps, events")->excludes(csv);
+  export_command
+      ->add_option(
+          "--tensorboard", options.tensorboard,
+          "an event file for TensorBoard in this directory (default metrics: all of at most one axis)")
+      ->excludes(csv);
   export_command->add_option(
       "--metric", options.what.metrics,
       "which metrics (repeatable; all: every one; default: the scalars, with --json all)");
