@@ -157,6 +157,10 @@ int watch_run(const WatchRequest& request, std::ostream& out) {
 
 void print_skip_plan(const SkipPlan& plan, std::ostream& out) {
   out << plan.why.sentence << "\n\n";
+  using Cause = Attribution::Cause;
+  const Cause cause = plan.why.cause;
+  if (cause == Cause::LearningRate || cause == Cause::WeightChange || cause == Cause::Replica)
+    out << "Its cause is not in the data (" << name_of(cause) << "): mend that before going on.\n";
   if (plan.checkpoint_step > 0) {
     out << "go back to the checkpoint of step " << plan.checkpoint_step << " ("
         << text::plural(plan.lost_steps, "step") << " will be computed again)\n";
