@@ -5,23 +5,29 @@
 
 #include "core/error.h"
 #include "core/telemetry/log_verify.h"
+#include "tools/log_check.h"
 #include "tools/log_export.h"
 #include "tools/log_figure.h"
 #include "tools/log_report.h"
 #include "tools/log_summary.h"
 #include "tools/log_tables.h"
+#include "tools/log_tensorboard.h"
 #include "tools/log_why.h"
 
 namespace hybridmoe {
 namespace {
 
 constexpr int kCorrupt = 3;  // exit status of verify
+constexpr int kFailed = 3;   // of any command that could not do its work; 1 and 2 are verdicts of check
 
 struct Options {
-  std::string run, mode = "tolerate-tail", output;
+  std::string run, mode = "tolerate-tail", output, tensorboard;
   bool json = false, csv = false;
   std::int64_t step = 0;
-  bool dead = false;
+  std::int64_t margin = 1;
+  bool dead = false, complete = false;
+  std::string rules, on = "fail";
+  WatchRequest watch;
   std::vector<std::string> runs;
   CompareRequest compare;
   LogExport what;
@@ -44,6 +50,13 @@ int summary(const Options& options) {
 }
 
 int export_log(const Options& options) {
+  if (!options.tensorboard.empty()) {
+    const TensorBoardExport result =
+        export_tensorboard(find_log_directory(options.run), read_options(options).mode, options.what.metrics,
+                           options.tensorboard);
+    std::cout << result.file << ": " << result.steps << " steps, " << result.values << " values\n";
+    return 0;
+  }
   std::ofstream file;
   if (!options.output.empty()) {
     file.open(options.output, std::ios::binary);
@@ -116,6 +129,29 @@ int compare(const Options& options) {
   return 0;
 }
 
+HealthRules rules_of(const Options& options) {
+  return options.rules.empty() ? HealthRules() : read_health_rules(options.rules);
+}
+
+int check(const Options& options) {
+  const CheckResult result = check_run(options.run, rules_of(options), options.complete);
+  (options.json ? print_check_json : print_check)(result, std::cout);
+  return result.status();
+}
+
+int watch(Options options) {
+  options.watch.run = options.run;
+  options.watch.rules = rules_of(options);
+  options.watch.on = options.on == "warn" ? 1 : (options.on == "fail" ? 2 : kCheckCorrupt);
+  return watch_run(options.watch, std::cout);
+}
+
+int skip_plan(const Options& options) {
+  const SkipPlan plan = plan_skip(options.run, read_options(options).mode, options.step, options.margin);
+  (options.json ? print_skip_plan_json : print_skip_plan)(plan, std::cout);
+  return 0;
+}
+
 int run(int argc, char** argv) {
   CLI::App app("Reads the telemetry of a training run.");
   app.require_subcommand(1);
@@ -138,6 +174,11 @@ int run(int argc, char** argv) {
   add_mode(export_command);
   CLI::Option* csv = export_command->add_flag("--csv", options.csv, "a row per step (default)");
   export_command->add_flag("--json", options.json, "one JSON object: header, steps, events")->excludes(csv);
+  export_command
+      ->add_option(
+          "--tensorboard", options.tensorboard,
+          "an event file for TensorBoard in this directory (default metrics: all of at most one axis)")
+      ->excludes(csv);
   export_command->add_option(
       "--metric", options.what.metrics,
       "which metrics (repeatable; all: every one; default: the scalars, with --json all)");
@@ -183,6 +224,39 @@ int run(int argc, char** argv) {
   compare_command->add_flag("--json", options.json, "for programs");
   compare_command->add_option("--svg", options.output, "also a picture, into this file");
 
+  CLI::App* check_command = app.add_subcommand(
+      "check", "Judges a run; exit status 0 ok, 1 warn, 2 fail, 3 the log is corrupt or incomplete");
+  add_run(check_command);
+  const auto add_rules = [&options](CLI::App* command) {
+    command->add_option("--rules", options.rules,
+                        "limits, protobuf text format (default: docs/telemetry.md)");
+  };
+  add_rules(check_command);
+  check_command->add_flag("--complete", options.complete,
+                          "the run must have ended in order, with all its steps");
+  check_command->add_flag("--json", options.json, "for programs");
+
+  CLI::App* watch_command =
+      app.add_subcommand("watch", "Checks a run while it goes on; ends with it, with the status of check");
+  add_run(watch_command);
+  add_rules(watch_command);
+  watch_command->add_option("--on", options.on, "what to run the command for (default: fail)")
+      ->check(CLI::IsMember({"warn", "fail", "corrupt"}));
+  watch_command->add_option("--exec", options.watch.command,
+                            "shell command; gets HYBRIDMOE_RUN, _STATUS, _STEP and _MESSAGE");
+  watch_command->add_option("--every", options.watch.every_seconds, "seconds between looks (default: 10)")
+      ->check(CLI::Range(0.01, 86400.0));
+
+  CLI::App* skip_command =
+      app.add_subcommand("skip-plan", "Which checkpoint to go back to, which samples to leave out, and how");
+  add_run(skip_command);
+  add_mode(skip_command);
+  skip_command->add_option("--step", options.step, "the incident at or near this step (default: the first)")
+      ->check(CLI::PositiveNumber);
+  skip_command->add_option("--margin", options.margin, "steps to leave out on both sides of it (default: 1)")
+      ->check(CLI::NonNegativeNumber);
+  skip_command->add_flag("--json", options.json, "for programs");
+
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
@@ -194,6 +268,9 @@ int run(int argc, char** argv) {
   if (*why_command) return why(options);
   if (*router_command) return router(options);
   if (*compare_command) return compare(options);
+  if (*check_command) return check(options);
+  if (*watch_command) return watch(options);
+  if (*skip_command) return skip_plan(options);
   return verify(options);
 }
 
@@ -205,6 +282,6 @@ int main(int argc, char** argv) {
     return hybridmoe::run(argc, argv);
   } catch (const std::exception& error) {
     std::cerr << "hybridmoe-log: " << error.what() << '\n';
-    return 1;
+    return hybridmoe::kFailed;
   }
 }

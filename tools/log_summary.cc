@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/telemetry/router_state.h"
+
 namespace hybridmoe {
 namespace {
 
@@ -46,14 +48,10 @@ RouterSummary summarize_router(const RunHeader& header, const StepRecord& step) 
   summary.step = step.step();
   summary.experts = static_cast<int>(load.size());
   for (int layer = 0; layer * experts < load.size(); ++layer) {
-    double sum = 0, largest = 0;
-    for (int expert = 0; expert < experts; ++expert) {
-      const double tokens = load[layer * experts + expert];
-      sum += tokens;
-      largest = std::max(largest, tokens);
-      summary.dead_experts += tokens == 0;
-    }
-    const double violation = sum > 0 ? largest * experts / sum - 1 : 0;
+    const RouterState state =
+        router_state({load.data() + layer * experts, static_cast<std::size_t>(experts)});
+    summary.dead_experts += state.idle;
+    const double violation = state.max_violation;
     if (summary.worst_layer.empty() || violation > summary.worst_max_violation) {
       summary.worst_max_violation = violation;
       summary.worst_layer = header.axis(metric->axis(0)).entry(layer).label();

@@ -22,9 +22,9 @@ int main(int argc, char** argv) {
   rows.experts = experts;
   for (int layer = 0; layer < layers; ++layer) {
     rows.moe_layers.push_back(layer);
-    for (const TensorKind kind :
-         {TensorKind::Qkv, TensorKind::QNorm, TensorKind::KNorm, TensorKind::VNorm, TensorKind::AttnOut,
-          TensorKind::FfnNorm, TensorKind::Router, TensorKind::ExpertGate, TensorKind::ExpertUp, TensorKind::ExpertDown}) {
+    for (const TensorKind kind : {TensorKind::Qkv, TensorKind::QNorm, TensorKind::KNorm, TensorKind::VNorm,
+                                  TensorKind::AttnOut, TensorKind::FfnNorm, TensorKind::Router,
+                                  TensorKind::ExpertGate, TensorKind::ExpertUp, TensorKind::ExpertDown}) {
       rows.gradient.push_back({layer, kind});
     }
   }

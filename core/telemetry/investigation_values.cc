@@ -1,0 +1,199 @@
+// Evidence that needs no comparison between layers: what is not finite, not explained or not equal.
+#include <algorithm>
+#include <cmath>
+
+#include "core/error.h"
+#include "core/telemetry/investigation.h"
+
+namespace hybridmoe::investigation {
+
+namespace {
+
+constexpr double kLearningRateJump = 1.5;
+
+}  // namespace
+
+bool Investigation::nonfinite_weights() {
+  const DenseSeries* weights = window_.find("param_norm");
+  if (weights == nullptr || weights->rows[at_].empty()) return false;
+  for (std::size_t i = 0; i < weights->elements.size(); ++i) {
+    if (std::isfinite(weights->rows[at_][i])) continue;
+    blame_element(weights->elements[i]);
+    note("param_norm", weights->elements[i].label, window_.steps[at_], weights->rows[at_][i]);
+    claim_ = cat("the weights of ", place(), " are not finite");
+    return true;
+  }
+  return false;
+}
+
+// Forward: the lowest block whose output is not finite; backward: the highest.
+bool Investigation::nonfinite_stream(const std::string& metric, bool forward) {
+  const DenseSeries* series = window_.find(metric);
+  if (series == nullptr || series->rows[at_].empty()) return false;
+  const std::vector<double>& row = series->rows[at_];
+  for (std::size_t n = 0; n < row.size(); ++n) {
+    const std::size_t i = forward ? n : row.size() - 1 - n;
+    if (std::isfinite(row[i])) continue;
+    note(metric, series->elements[i].label, window_.steps[at_], row[i]);
+    // All of the gradient, from the topmost block on: it was not finite when it came in.
+    if (!forward && n == 0) return false;
+    blame_element(series->elements[i]);
+    if (!forward) result_.kind = "";
+    claim_ = cat("the ", forward ? "forward" : "backward", " pass became non-finite in ", place());
+    return true;
+  }
+  return false;
+}
+
+// Counts of the gradient's elements: the first row that backpropagation reaches. Kinds stand in the order of
+// the forward pass; rows of no layer are the embedding below all, final norm and head above.
+bool Investigation::nonfinite_gradient() {
+  const DenseSeries* counts = window_.find("nonfinite");
+  if (counts == nullptr || counts->rows[at_].empty()) return false;
+  const std::vector<double>& row = counts->rows[at_];
+  std::size_t first = row.size(), hit = 0;
+  const auto height = [&](std::size_t i) {
+    const DenseSeries::Element& element = counts->elements[i];
+    return element.layer >= 0 ? element.layer
+                              : (element.kind == "embedding" ? -1 : std::numeric_limits<int>::max());
+  };
+  for (std::size_t i = 0; i < row.size(); ++i) {
+    if (!(row[i] > 0)) continue;
+    ++hit;
+    if (first == row.size() || height(i) >= height(first)) first = i;
+  }
+  if (first == row.size()) return false;
+  note("nonfinite elements", counts->elements[first].label, window_.steps[at_], row[first], 0);
+  if (hit == row.size() || height(first) == std::numeric_limits<int>::max()) {
+    claim_ = hit == row.size()
+                 ? "the whole gradient is non-finite: it came from the loss or the forward pass"
+                 : cat("the gradient is non-finite from ", counts->elements[first].label, " down");
+    if (hit < row.size()) result_.kind = counts->elements[first].kind;
+    return true;
+  }
+  blame_element(counts->elements[first]);
+  claim_ = cat("the gradient of ", place(), " became non-finite first");
+  return true;
+}
+
+bool Investigation::nonfinite() {
+  if (!dense_here() || result_.incident.kind != Incident::Kind::NonFinite) return false;
+  const bool found = nonfinite_weights() || nonfinite_stream("resid_rms", true) ||
+                     nonfinite_stream("dresid_norm", false) || nonfinite_gradient();
+  if (!found) claim_ = "the loss or the gradient became non-finite";
+  blame(Cause::NonFinite, result_.incident.first_step);
+  return true;
+}
+
+// A norm moves by at most the norm of the update. Twice that, for the step at which either is measured, and a
+// thousandth for rounding are allowed; without update norms, a tenth.
+bool Investigation::weight_change() {
+  const DenseSeries *weights = window_.find("param_norm"), *updates = window_.find("update_norm");
+  if (weights == nullptr || !dense_here()) return false;
+  double largest = 0;
+  std::size_t element = 0, index = 0;
+  for (std::size_t t = std::max<std::size_t>(first_index(), 1); t <= at_; ++t) {
+    const std::vector<double>&before = weights->rows[t - 1], &now = weights->rows[t];
+    if (before.empty() || now.empty()) continue;
+    for (std::size_t i = 0; i < now.size(); ++i) {
+      double allowed = 0.1 * before[i];
+      if (updates != nullptr && !updates->rows[t].empty() && !updates->rows[t - 1].empty())
+        allowed = 2 * (updates->rows[t][i] + updates->rows[t - 1][i]) + 1e-3 * before[i];
+      const double excess = (std::abs(now[i] - before[i]) - allowed) / std::max(before[i], 1e-30);
+      if (!(excess > largest)) continue;
+      largest = excess;
+      element = i;
+      index = t;
+    }
+  }
+  if (largest == 0) return false;
+  const double before = weights->rows[index - 1][element], now = weights->rows[index][element];
+  blame_element(weights->elements[element]);
+  note("param_norm", weights->elements[element].label, window_.steps[index], now, before);
+  claim_ = cat("the weights of ", place(), " changed from norm ", short_text(before), " to ", short_text(now),
+               " by something else than their update");
+  blame(Cause::WeightChange, window_.steps[index]);
+  return true;
+}
+
+int Investigation::event_rank(EventRecord::Kind kind) const {
+  for (const RunLog::TimedEvent& event : events_) {
+    if (event.event.kind() == kind && !event.superseded && event.event.rank_size() > 0)
+      return event.event.rank(0);
+  }
+  return -1;
+}
+
+// Copies are compared now and then: what a check finds happened since the one before.
+bool Investigation::replica() {
+  const std::vector<double>& mismatches = scalars_.column("replica_mismatches");
+  if (mismatches.empty()) {
+    result_.missing.push_back("replica_mismatches");
+    return false;
+  }
+  std::int64_t equal = 0;
+  for (std::size_t i = 0; i < mismatches.size(); ++i) {
+    if (std::isnan(mismatches[i])) continue;
+    if (mismatches[i] == 0) {
+      equal = scalars_.steps[i];
+      continue;
+    }
+    if (result_.incident.first_step <= equal) return false;  // all was well after the incident
+    note("replica mismatches", "", scalars_.steps[i], mismatches[i], 0);
+    result_.rank = event_rank(EventRecord::HASH_MISMATCH);
+    claim_ = cat("copies of the parameters differ between ranks: found by the check at step ",
+                 scalars_.steps[i], equal > 0 ? cat(", equal at step ", equal) : std::string(),
+                 result_.rank >= 0 ? cat("; rank ", result_.rank, " is to be suspected") : std::string());
+    blame(Cause::Replica, std::min(result_.incident.first_step, scalars_.steps[i]));
+    return true;
+  }
+  return false;
+}
+
+// Warm-up raises the rate by equal amounts: a jump is also three times the step before it.
+bool Investigation::learning_rate() {
+  const std::vector<double>& rate = scalars_.column("lr");
+  if (rate.empty()) return false;
+  const std::size_t end = std::min(scalars_.index(result_.incident.first_step + 1), rate.size());
+  const std::size_t begin = std::max<std::size_t>(scalars_.index(result_.incident.first_step - kLookBack), 2);
+  for (std::size_t i = begin; i < end; ++i) {
+    if (!(rate[i - 1] > 0) || rate[i] < kLearningRateJump * rate[i - 1]) continue;
+    if (rate[i] - rate[i - 1] < 3 * std::abs(rate[i - 1] - rate[i - 2])) continue;
+    note("lr", "", scalars_.steps[i], rate[i], rate[i - 1]);
+    claim_ = cat("the learning rate jumped from ", short_text(rate[i - 1]), " to ", short_text(rate[i]));
+    blame(Cause::LearningRate, scalars_.steps[i]);
+    return true;
+  }
+  return false;
+}
+
+bool Investigation::straggler() {
+  const std::vector<double>&least = scalars_.column("step_seconds_min"),
+        &largest = scalars_.column("step_seconds_max"), &rank = scalars_.column("step_seconds_max_rank");
+  if (least.empty() || largest.empty()) {
+    result_.missing.push_back("step_seconds_min/max");
+    return false;
+  }
+  const std::size_t at = scalars_.index(result_.incident.first_step);
+  const std::size_t begin = at >= kStragglerSteps / 2 ? at - kStragglerSteps / 2 : 0;
+  const std::size_t end = std::min(largest.size(), begin + kStragglerSteps);
+  RollingMedian ratio(kStragglerSteps), ranks(kStragglerSteps), slowest(kStragglerSteps);
+  for (std::size_t i = begin; i < end; ++i) {
+    if (!(least[i] > 0) || !std::isfinite(largest[i])) continue;
+    ratio.add(largest[i] / least[i]);
+    slowest.add(largest[i]);
+    if (i < rank.size() && std::isfinite(rank[i])) ranks.add(rank[i]);
+  }
+  if (ratio.size() == 0) return false;
+  note("slowest / fastest rank", ranks.size() > 0 ? cat("rank ", ranks.median()) : "",
+       result_.incident.first_step, ratio.median(), 1);
+  if (ratio.median() < kStragglerRatio || ratio.size() < kStragglerSteps / 2) return false;
+  if (ranks.size() > 0) result_.rank = static_cast<int>(ranks.median());
+  claim_ = cat(result_.rank >= 0 ? cat("rank ", result_.rank) : std::string("one rank"), " takes ",
+               short_text(ratio.median()), " times as long as the fastest (", short_text(slowest.median()),
+               " s a step)");
+  blame(Cause::Straggler, result_.incident.first_step);
+  return true;
+}
+
+}  // namespace hybridmoe::investigation

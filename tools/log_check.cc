@@ -1,0 +1,184 @@
+#include "tools/log_check.h"
+
+#include <chrono>
+#include <cmath>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <spawn.h>
+#include <sys/wait.h>
+#include <thread>
+#include <unistd.h>
+
+#include "core/error.h"
+#include "tools/log_text.h"
+
+namespace hybridmoe {
+namespace {
+
+using CheckJson = nlohmann::ordered_json;
+
+const char* status_name(int status) {
+  constexpr const char* kNames[] = {"ok", "warn", "fail", "corrupt"};
+  return kNames[status];
+}
+
+text::Colour status_colour(int status) {
+  if (status == 0) return text::Colour::Green;
+  return status == 1 ? text::Colour::Yellow : text::Colour::Red;
+}
+
+CheckJson finding_json(const HealthFinding& finding) {
+  return {{"severity", status_name(static_cast<int>(finding.severity))},
+          {"rule", finding.rule},
+          {"where", finding.where},
+          {"step", finding.step},
+          {"value", finding.value},
+          {"limit", finding.limit},
+          {"message", finding.message}};
+}
+
+// Runs a command and waits for it. The environment is this process's with the variables added.
+void run_command(const std::string& command, const std::vector<std::string>& variables) {
+  std::vector<std::string> words = variables;
+  for (char** variable = environ; *variable != nullptr; ++variable) {
+    if (std::string(*variable).rfind("HYBRIDMOE_", 0) != 0) words.emplace_back(*variable);
+  }
+  std::vector<char*> environment;
+  for (std::string& word : words) environment.push_back(word.data());
+  environment.push_back(nullptr);
+  std::string shell = "/bin/sh", flag = "-c", text = command;
+  char* arguments[] = {shell.data(), flag.data(), text.data(), nullptr};
+  pid_t child = 0;
+  const int error = ::posix_spawn(&child, "/bin/sh", nullptr, nullptr, arguments, environment.data());
+  require(error == 0, "--exec: /bin/sh cannot be started (error ", error, ")");
+  int status = 0;
+  while (::waitpid(child, &status, 0) < 0 && errno == EINTR) {
+  }
+}
+
+}  // namespace
+
+int CheckResult::status() const { return broken.empty() ? static_cast<int>(health.worst()) : kCheckCorrupt; }
+
+CheckResult check_run(const std::string& run, const HealthRules& rules, bool complete) {
+  CheckResult result;
+  try {
+    const std::string directory = find_log_directory(run);
+    for (const LogProblem& problem : verify_log(directory).problems) result.broken.push_back(problem.str());
+    LogReadOptions options;
+    options.scalars_only = true;
+    options.mode = ReadMode::SkipCorrupt;
+    const RunLog log(directory, options);
+    require(!log.attempts().empty(), directory, ": the log holds no whole record");
+    result.planned_steps = log.newest_header().config().steps();
+    result.last_step = log.steps().empty() ? 0 : log.steps().back();
+    result.ended = log.attempts().back().finished;
+    if (complete && !result.ended) result.broken.push_back("the run has not ended in order");
+    if (complete && result.last_step < result.planned_steps)
+      result.broken.push_back(cat("the run ended at step ", result.last_step, " of ", result.planned_steps));
+    result.health = check_health(directory, ReadMode::SkipCorrupt, rules);
+  } catch (const Error& error) {
+    result.broken.emplace_back(error.what());
+  }
+  return result;
+}
+
+void print_check(const CheckResult& result, std::ostream& out) {
+  const int status = result.status();
+  out << text::coloured(status_name(status), status_colour(status)) << ": step " << result.last_step << " of "
+      << result.planned_steps << ", judged from step " << result.health.first_step
+      << (result.ended ? ", ended in order" : ", not ended") << '\n';
+  for (const std::string& problem : result.broken)
+    out << text::coloured("corrupt", text::Colour::Red) << "  " << problem << '\n';
+  using Align = text::Table::Align;
+  text::Table table(
+      {{"", Align::Left}, {"rule", Align::Left}, {"where", Align::Left}, {"step"}, {"", Align::Left}});
+  for (const HealthFinding& finding : result.health.findings)
+    table.add({status_name(static_cast<int>(finding.severity)), finding.rule, finding.where,
+               cat(finding.step), finding.message});
+  if (!table.empty()) table.print(out);
+  if (result.health.not_judged.empty()) return;
+  out << "not judged, because the log lacks their metric or is too short:";
+  for (const std::string& rule : result.health.not_judged) out << ' ' << rule;
+  out << '\n';
+}
+
+void print_check_json(const CheckResult& result, std::ostream& out) {
+  CheckJson json = {{"status", status_name(result.status())},
+                    {"last_step", result.last_step},
+                    {"planned_steps", result.planned_steps},
+                    {"ended", result.ended},
+                    {"first_step_judged", result.health.first_step},
+                    {"corrupt", result.broken},
+                    {"findings", CheckJson::array()},
+                    {"not_judged", result.health.not_judged}};
+  for (const HealthFinding& finding : result.health.findings)
+    json["findings"].push_back(finding_json(finding));
+  out << json.dump(2) << '\n';
+}
+
+int watch_run(const WatchRequest& request, std::ostream& out) {
+  std::set<std::string> known;
+  std::int64_t seen_bytes = -1;
+  const auto report = [&](int status, const std::string& key, std::int64_t step, const std::string& message) {
+    if (!known.insert(key).second) return;
+    out << text::coloured(status_name(status), status_colour(status)) << ": " << message << std::endl;
+    if (status < request.on || request.command.empty()) return;
+    run_command(request.command,
+                {"HYBRIDMOE_RUN=" + request.run, cat("HYBRIDMOE_STATUS=", status_name(status)),
+                 cat("HYBRIDMOE_STEP=", step), "HYBRIDMOE_MESSAGE=" + message});
+  };
+  while (true) {
+    std::int64_t bytes = 0;
+    try {
+      bytes = LogReader(find_log_directory(request.run)).bytes();
+    } catch (const Error&) {
+      bytes = 0;  // not there yet
+    }
+    if (bytes > 0 && bytes != seen_bytes) {
+      seen_bytes = bytes;
+      const CheckResult result = check_run(request.run, request.rules, false);
+      for (const std::string& problem : result.broken)
+        report(kCheckCorrupt, problem, result.last_step, problem);
+      for (const HealthFinding& finding : result.health.findings)
+        report(static_cast<int>(finding.severity), cat(finding.rule, '\n', finding.where, '\n', finding.step),
+               finding.step,
+               cat("step ", finding.step, ": ", finding.rule, finding.where.empty() ? "" : " ", finding.where,
+                   ": ", finding.message));
+      if (result.ended) {
+        out << "the run has ended at step " << result.last_step << ": " << status_name(result.status())
+            << std::endl;
+        return result.status();
+      }
+    }
+    std::this_thread::sleep_for(std::chrono::duration<double>(request.every_seconds));
+  }
+}
+
+void print_skip_plan(const SkipPlan& plan, std::ostream& out) {
+  out << plan.why.sentence << "\n\n";
+  using Cause = Attribution::Cause;
+  const Cause cause = plan.why.cause;
+  if (cause == Cause::LearningRate || cause == Cause::WeightChange || cause == Cause::Replica)
+    out << "Its cause is not in the data (" << name_of(cause) << "): mend that before going on.\n";
+  if (plan.checkpoint_step > 0) {
+    out << "go back to the checkpoint of step " << plan.checkpoint_step << " ("
+        << text::plural(plan.lost_steps, "step") << " will be computed again)\n";
+  } else {
+    out << "there is no checkpoint before it: start again in another run directory\n";
+  }
+  out << "leave out the batches of steps " << plan.first_step << " to " << plan.last_step << ": samples "
+      << plan.skip_begin << " to " << plan.skip_end - 1 << " of the data order\n\n    " << plan.command
+      << '\n';
+}
+
+void print_skip_plan_json(const SkipPlan& plan, std::ostream& out) {
+  out << CheckJson{{"sentence", plan.why.sentence}, {"first_step", plan.first_step},
+                   {"last_step", plan.last_step},   {"checkpoint_step", plan.checkpoint_step},
+                   {"skip_begin", plan.skip_begin}, {"skip_end", plan.skip_end},
+                   {"lost_steps", plan.lost_steps}, {"command", plan.command}}
+             .dump(2)
+      << '\n';
+}
+
+}  // namespace hybridmoe
