@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <map>
-#include <string_view>
+#include <sstream>
 
 #include "core/files/checksum.h"
 
@@ -29,7 +29,7 @@ std::string ranks_text(const std::vector<std::int64_t>& ranks) {
 
 // hashes: by rank of the group. The most frequent one is taken for right, of several the one of the lowest
 // rank.
-void compare_hashes(const std::string& name, const Hashes& hashes,
+void compare_hashes(const SharedTensor& tensor, const Hashes& hashes,
                     const std::vector<std::int64_t>& world_ranks, ReplicaReport* report) {
   std::map<std::int64_t, std::int64_t> frequency;
   for (const std::int64_t hash : hashes) ++frequency[hash];
@@ -41,30 +41,32 @@ void compare_hashes(const std::string& name, const Hashes& hashes,
   for (std::size_t r = 0; r < hashes.size(); ++r) {
     (hashes[r] == usual ? same : others).push_back(world_ranks[r]);
   }
-  report->mismatches += std::ssize(others);
-  report->messages.push_back(
-      cat(name, ": the copy of ", ranks_text(others), " differs from that of ", ranks_text(same)));
+  report->copies += std::ssize(others);
+  report->mismatches.push_back(
+      {static_cast<int>(others.front()), tensor.layer,
+       cat(tensor.name, ": the copy of ", ranks_text(others), " differs from that of ", ranks_text(same))});
 }
 
-// Every rank of `group` passes the hashes of the same tensors; its first rank compares.
-void compare_over(Communicator& group, std::int64_t world_rank, const std::vector<std::string>& names,
-                  const Hashes& mine, ReplicaReport* report) {
-  if (group.size() == 1 || names.empty()) return;
-  const std::int64_t width = std::ssize(mine) + 1;
-  Hashes own = {world_rank}, all(width * group.size());
-  own.insert(own.end(), mine.begin(), mine.end());
+// Every rank of `group` passes the same tensors; its first rank compares.
+void compare_over(Communicator& group, std::int64_t world_rank, const std::vector<SharedTensor>& tensors,
+                  ReplicaReport* report) {
+  if (group.size() == 1 || tensors.empty()) return;
+  Hashes own = {world_rank};
+  for (const SharedTensor& shared : tensors) own.push_back(hash_of(shared.tensor));
+  const std::int64_t width = std::ssize(own);
+  Hashes all(width * group.size());
   group
       .all_gather(Tensor(own.data(), DType::I64, {width}), Tensor(all.data(), DType::I64, {std::ssize(all)}),
                   "hashes of replicas")
       .wait();
   if (group.rank() != 0) return;
-  std::vector<std::int64_t> world_ranks;
-  for (int r = 0; r < group.size(); ++r) world_ranks.push_back(all[r * width]);
-  for (std::size_t i = 0; i < names.size(); ++i) {
-    Hashes hashes;
-    for (int r = 0; r < group.size(); ++r)
-      hashes.push_back(all[r * width + 1 + static_cast<std::int64_t>(i)]);
-    compare_hashes(names[i], hashes, world_ranks, report);
+  const auto of_ranks = [&](std::int64_t column) {
+    Hashes values;
+    for (int r = 0; r < group.size(); ++r) values.push_back(all[r * width + column]);
+    return values;
+  };
+  for (std::int64_t i = 0; i < std::ssize(tensors); ++i) {
+    compare_hashes(tensors[i], of_ranks(i + 1), of_ranks(0), report);
   }
 }
 
@@ -85,23 +87,29 @@ void compare_masters(const ParameterStore& parameters, const ParameterStore::Buc
       done += n;
     }
     if (equal) continue;
-    ++report->mismatches;
-    report->messages.push_back(cat(parameters.spec(range.parameter).name, ": on rank ", world_rank,
-                                   ", its owner, the weights are not the rounded master copy"));
+    const ParameterSpec& spec = parameters.spec(range.parameter);
+    ++report->copies;
+    report->mismatches.push_back({static_cast<int>(world_rank), spec.layer,
+                                  cat(spec.name, ": on rank ", world_rank,
+                                      ", its owner, the weights are not the rounded master copy")});
   }
 }
 
-// Finds of single ranks to all of them.
+// What single ranks found, to all of them: a line each, numbers first.
 void share(Communicator& world, ReplicaReport* report) {
-  world.all_reduce(Tensor(&report->mismatches, DType::I64, {1}), ReduceOp::Sum, "replica mismatches").wait();
-  if (report->mismatches == 0) return;
+  world.all_reduce(Tensor(&report->copies, DType::I64, {1}), ReduceOp::Sum, "replica mismatches").wait();
+  if (report->copies == 0) return;
   std::string lines;
-  for (const std::string& message : report->messages) lines += message + "\n";
-  report->messages.clear();
+  for (const ReplicaMismatch& found : report->mismatches) {
+    lines += cat(found.rank, " ", found.layer, " ", found.message, "\n");
+  }
+  report->mismatches.clear();
   for (const std::string& of_rank : world.gather_strings(lines, "replica mismatches")) {
-    for (std::size_t begin = 0, end; (end = of_rank.find('\n', begin)) != std::string::npos;
-         begin = end + 1) {
-      report->messages.push_back(of_rank.substr(begin, end - begin));
+    std::istringstream text(of_rank);
+    for (ReplicaMismatch found; text >> found.rank >> found.layer;) {
+      text.ignore(1);
+      std::getline(text, found.message);
+      report->mismatches.push_back(found);
     }
   }
 }
@@ -123,29 +131,20 @@ double finite_squares(const Tensor& values) {
 
 }  // namespace
 
-ReplicaReport check_replicas(const ParameterStore& parameters,
-                             const std::vector<std::pair<std::string, Tensor>>& on_all_ranks,
+ReplicaReport check_replicas(const ParameterStore& parameters, const std::vector<SharedTensor>& on_all_ranks,
                              const Tensor& rounded, Backend& backend, const Groups& groups) {
   require(backend.device() == Device::CPU, "replicas are hashed on the host");
   const std::int64_t rank = groups.world->rank();
   ReplicaReport report;
   for (const auto& bucket : parameters.buckets()) {
-    std::vector<std::string> names;
-    Hashes hashes;
+    std::vector<SharedTensor> tensors;
     for (const ParameterStore::Id id : bucket.parameters) {
-      names.push_back(parameters.spec(id).name);
-      hashes.push_back(bucket.replicas->size() > 1 ? hash_of(parameters.weight(id)) : 0);
+      tensors.push_back({parameters.spec(id).name, parameters.spec(id).layer, parameters.weight(id)});
     }
-    compare_over(*bucket.replicas, rank, names, hashes, &report);
+    compare_over(*bucket.replicas, rank, tensors, &report);
     compare_masters(parameters, bucket, rank, rounded, backend, &report);
   }
-  std::vector<std::string> names;
-  Hashes hashes;
-  for (const auto& [name, tensor] : on_all_ranks) {
-    names.push_back(name);
-    hashes.push_back(hash_of(tensor));
-  }
-  compare_over(*groups.world, rank, names, hashes, &report);
+  compare_over(*groups.world, rank, on_all_ranks, &report);
   share(*groups.world, &report);
   return report;
 }

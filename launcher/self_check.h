@@ -5,7 +5,6 @@
 
 #include <cstdint>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "core/backend.h"
@@ -14,18 +13,31 @@
 
 namespace hybridmoe {
 
+// A tensor that is not the same everywhere.
+struct ReplicaMismatch {
+  int rank = 0;         // the first whose copy differs
+  int layer = -1;       // of the tensor; -1: of no layer
+  std::string message;  // "layers.1.qkv.weight: the copy of rank 3 differs from that of ranks 0 1 2"
+  bool operator==(const ReplicaMismatch&) const = default;
+};
+
 struct ReplicaReport {
-  std::int64_t mismatches = 0;  // copies that differ from the others, over all tensors and ranks
-  std::vector<std::string>
-      messages;  // "layers.1.qkv.weight: the copy of rank 3 differs from that of ...", ...
+  std::int64_t copies = 0;  // that differ from the others, over all tensors and ranks
+  std::vector<ReplicaMismatch> mismatches;
+};
+
+// A tensor of which every rank of the world has a copy.
+struct SharedTensor {
+  std::string name;
+  int layer = -1;
+  Tensor tensor;
 };
 
 // Call it between the backward pass and the update: then every rank still holds the weights that it computed
-// with. Compares the bits of each parameter over its replicas and of `on_all_ranks` (name and tensor) over
+// with. Compares the bits of each parameter over its replicas and of `on_all_ranks` over
 // the world; where weights have masters, also each owner's weights with its masters rounded. `rounded` [any]
 // C is workspace.
-ReplicaReport check_replicas(const ParameterStore& parameters,
-                             const std::vector<std::pair<std::string, Tensor>>& on_all_ranks,
+ReplicaReport check_replicas(const ParameterStore& parameters, const std::vector<SharedTensor>& on_all_ranks,
                              const Tensor& rounded, Backend& backend, const Groups& groups);
 
 // Squares of the whole gradient, gathered from its owners and added up parameter by parameter, against

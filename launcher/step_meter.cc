@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "launcher/self_check.h"
-
 namespace hybridmoe {
 
 namespace {
@@ -61,7 +59,8 @@ StepMeter::StepMeter(const Config& config, ParameterStore& parameters, const Gro
       parameters_(parameters),
       groups_(groups),
       backend_(backend),
-      on_(config.telemetry().enabled() && config.telemetry().metrics()) {}
+      planned_(config.telemetry().enabled() && config.telemetry().metrics()),
+      on_(planned_) {}
 
 void StepMeter::plan(MemoryPlan& memory, int layers, int moe_layers) {
   if (!on_) return;
@@ -147,7 +146,7 @@ void StepMeter::before_sharding(int stage) {
   }
 }
 
-void StepMeter::check(const Tensor& table, const std::vector<std::pair<std::string, Tensor>>& on_all_ranks) {
+void StepMeter::check(const Tensor& table, const std::vector<SharedTensor>& on_all_ranks) {
   if (due(config_.expert_every()) && moe_layers_ > 0) {
     backend_.zero(expert_table_, nullptr);
     for (std::size_t b = 0; b < expert_segments_.size(); ++b) {
@@ -161,8 +160,8 @@ void StepMeter::check(const Tensor& table, const std::vector<std::pair<std::stri
   if (!due(config_.check_every())) return;
   measures_.table_error = check_gradient_table(parameters_, table, groups_);
   ReplicaReport replicas = check_replicas(parameters_, on_all_ranks, rounded_, backend_, groups_);
-  measures_.replica_mismatches = replicas.mismatches;
-  measures_.mismatches = std::move(replicas.messages);
+  measures_.replica_mismatches = replicas.copies;
+  measures_.mismatches = std::move(replicas.mismatches);
 }
 
 void StepMeter::start_reductions(const ModelStatistics& local, const StepSeconds& seconds) {

@@ -10,13 +10,13 @@
 #include <cstdint>
 #include <limits>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "core/backend.h"
 #include "core/groups.h"
 #include "core/memory_plan.h"
 #include "core/parameter_store.h"
+#include "launcher/self_check.h"
 #include "moe/transformer.h"
 #include "proto/config.pb.h"
 
@@ -54,7 +54,7 @@ struct StepMeasures {
   std::vector<double> expert_squares;  // [MoE layers, experts]; empty in steps that do not measure it
   double gradient_noise_scale = std::numeric_limits<double>::quiet_NaN();  // tokens; NaN: not measured
   std::int64_t replica_mismatches = -1;                                    // -1: not checked
-  std::vector<std::string> mismatches;                                     // what they are
+  std::vector<ReplicaMismatch> mismatches;                                 // what they are
   std::string table_error;  // the gradient table is not that of the gradient
 };
 
@@ -64,6 +64,9 @@ class StepMeter {
   StepMeter(const Config& config, ParameterStore& parameters, const Groups& groups, Backend& backend);
 
   bool on() const { return on_; }
+  // Leaves steps unmeasured for a while, on all ranks alike; without effect when the configuration has no
+  // metrics.
+  void pause(bool paused) { on_ = planned_ && !paused; }
   void plan(MemoryPlan& memory, int layers, int moe_layers);
   // Once, after the memory is committed. Collective over the world, as the others unless they say otherwise.
   void start();
@@ -80,7 +83,7 @@ class StepMeter {
     return on_ ? sums_.flat(0, rows() * kUpdateColumns).reshape({rows(), kUpdateColumns}) : Tensor{};
   }
   // Behind the gradient table [rows, kGradColumns] F64 (summed over the world) and before the update.
-  void check(const Tensor& table, const std::vector<std::pair<std::string, Tensor>>& on_all_ranks);
+  void check(const Tensor& table, const std::vector<SharedTensor>& on_all_ranks);
   // Behind the update: starts the reductions.
   void start_reductions(const ModelStatistics& local, const StepSeconds& seconds);
   // Waits for them. table as above; tokens of the step over the world.
@@ -98,7 +101,8 @@ class StepMeter {
   ParameterStore& parameters_;
   Groups groups_;
   Backend& backend_;
-  const bool on_;
+  const bool planned_;
+  bool on_;
   int layers_ = 0, moe_layers_ = 0;
   std::int64_t step_ = 0;
   std::vector<double> row_elements_;

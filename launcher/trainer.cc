@@ -227,10 +227,10 @@ Tensor Trainer::gradient_table() const {
 void Trainer::update(StepResult* result) {
   Stopwatch watch;
   groups_.mark_phase("optimizer");
-  std::vector<std::pair<std::string, Tensor>> on_all_ranks;
+  std::vector<SharedTensor> on_all_ranks;
   for (MoeLayer* layer : model_.moe_layers()) {
-    if (!layer->bias().empty())
-      on_all_ranks.push_back({cat("layers.", layer->index(), ".router_bias"), layer->bias()});
+    if (layer->bias().empty()) continue;
+    on_all_ranks.push_back({cat("layers.", layer->index(), ".router_bias"), layer->index(), layer->bias()});
   }
   meter_.check(gradient_table(), on_all_ranks);
   const OptimizerConfig& optimizer = config_.optimizer();

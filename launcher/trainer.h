@@ -85,6 +85,11 @@ class Trainer {
   // Non-owning; empty for routers without a bias. By MoE layer.
   std::vector<Tensor> router_biases();
   const StepMeter& meter() const { return meter_; }
+  // See StepMeter::pause: for comparisons within one process. Not collective.
+  void pause_measuring(bool paused) {
+    meter_.pause(paused);
+    model_.set_layer_statistics(meter_.on());
+  }
   double flops_per_step() const;  // matrix products of one optimizer step over the world
   std::int64_t tokens_per_step() const { return config_.batch().sequences() * length_; }
 

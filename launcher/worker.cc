@@ -413,9 +413,9 @@ void Worker::report_checks(const StepMeasures& measures) {
   constexpr std::size_t kMost = 10;  // one cause can reach every tensor
   const std::size_t shown = std::min(measures.mismatches.size(), kMost);
   for (std::size_t i = 0; i < shown; ++i) {
-    LOG_IF(ERROR, first()) << "replicas differ: " << measures.mismatches[i];
-    event(EventRecord::HASH_MISMATCH, measures.mismatches[i],
-          {{"mismatches", static_cast<double>(measures.replica_mismatches)}});
+    const ReplicaMismatch& found = measures.mismatches[i];
+    LOG_IF(ERROR, first()) << "replicas differ: " << found.message;
+    event(EventRecord::HASH_MISMATCH, found.message, {{"rank", found.rank}, {"layer", found.layer}});
   }
   if (measures.table_error.empty()) return;
   LOG_IF(ERROR, first()) << "gradient norms are wrong: " << measures.table_error;

@@ -140,14 +140,14 @@ void Transformer::forward(const Pass& pass, const Tensor& tokens) {
 
 // Right behind what wrote the rows, while a cache still has them.
 void Transformer::measure_output(int layer, const Pass& pass) {
-  if (!pass.statistics || layer_sums_.empty()) return;
+  if (!pass.statistics || !layer_statistics_) return;
   machine_.backend.residual_statistics({.x = layer_input(layer + 1, pass.rows()),
                                         .squares = layer_sums_.flat(2 * layer, 2 * layer + 1),
                                         .absmax = layer_maxima_.flat(layer, layer + 1)},
                                        pass.stream);
 }
 void Transformer::measure_gradient(int layer, const Pass& pass) {
-  if (layer_sums_.empty()) return;
+  if (!layer_statistics_) return;
   machine_.backend.residual_statistics(
       {.x = d_.rows(0, pass.rows()), .squares = layer_sums_.flat(2 * layer + 1, 2 * layer + 2)}, pass.stream);
 }
@@ -215,7 +215,7 @@ void Transformer::run_head(const Pass& pass, const MicroBatch& batch, double sca
 void Transformer::start_statistics() {
   machine_.backend.zero(head_sums_, nullptr);
   machine_.backend.zero(head_maxima_, nullptr);
-  if (!layer_sums_.empty()) {
+  if (layer_statistics_) {
     machine_.backend.zero(layer_sums_, nullptr);
     machine_.backend.zero(layer_maxima_, nullptr);
   }
@@ -344,7 +344,7 @@ void Transformer::collect(const LossScale& scale, ModelStatistics* statistics) {
        {&statistics->resid_squares, &statistics->dresid_squares, &statistics->resid_absmax}) {
     of_layers->resize(layers());
   }
-  for (int l = 0; l < layers() && !layer_sums_.empty(); ++l) {
+  for (int l = 0; l < layers() && layer_statistics_; ++l) {
     statistics->resid_squares[l] += layer_sums_.ptr<double>()[2 * l];
     statistics->dresid_squares[l] += layer_sums_.ptr<double>()[2 * l + 1];
     double& most = statistics->resid_absmax[l];

@@ -83,7 +83,7 @@ class Transformer {
   Tensor next_token_logits(const Tensor& tokens, std::int64_t first_position);
 
   // Whether training passes collect the sizes of the residual stream and of its gradient. They are read by
-  // nobody but telemetry: no other result changes. Before `plan`.
+  // nobody but telemetry: no other result changes. First before `plan`; if it was on then, again at any time.
   void set_layer_statistics(bool on) { layer_statistics_ = on; }
 
   // Called in the forward pass of training before the weights of backward stage s (see on_stage) are read.

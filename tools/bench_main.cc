@@ -28,7 +28,7 @@ struct Options {
   std::vector<std::string> overrides;
   int threads = 0;
   double seconds = 0.2, step_seconds = 5;
-  bool no_operators = false, no_step = false, no_flush = false, exchange = false;
+  bool no_operators = false, no_step = false, no_flush = false, exchange = false, telemetry = false;
   int hosts = 0, rounds = 15;
 };
 
@@ -60,6 +60,8 @@ int parse(int argc, char** argv, Options* options) {
       ->capture_default_str();
   app.add_flag("--no_operators", options->no_operators, "skip the operators");
   app.add_flag("--no_step", options->no_step, "skip the training step");
+  app.add_flag("--telemetry", options->telemetry,
+               "instead of the training step: what measuring and recording adds to it");
   app.add_flag("--exchange", options->exchange,
                "instead: the exchange of rows between ranks that share the experts, against MPI_Alltoallv");
   app.add_option("--rounds", options->rounds, "of the exchange")->capture_default_str();
@@ -200,8 +202,12 @@ void run(const Options& options, const MpiWorld& ranks) {
       require(violations.empty(), to_string(violations, model.name()));
       const Mesh mesh(layout_of(model.parallel(), world.size()), kv_heads_of(model.model()));
       const MeshCommunicators communicators(mesh, world, ranks.make_groups());
-      bench_step(*backend, communicators.groups(), limits.product_flops,
-                 {.config = model, .seconds = options.step_seconds}, out);
+      const StepBench bench{.config = model, .seconds = options.step_seconds};
+      if (options.telemetry) {
+        bench_telemetry(*backend, communicators.groups(), bench, out);
+      } else {
+        bench_step(*backend, communicators.groups(), limits.product_flops, bench, out);
+      }
     }
   }
 }

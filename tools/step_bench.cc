@@ -2,15 +2,18 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "core/config/layers.h"
 #include "core/random.h"
+#include "launcher/recorder.h"
 #include "launcher/trainer.h"
 #include "parallel/row_exchange.h"
 
@@ -40,6 +43,7 @@ class RandomTokens {
   RandomTokens(const RandomTokens&) = delete;
   RandomTokens& operator=(const RandomTokens&) = delete;
   std::string path() const { return folder_ / "tokens.bin"; }
+  std::string folder() const { return folder_; }
 
  private:
   std::filesystem::path folder_;
@@ -94,27 +98,92 @@ void print(const Trainer& trainer, const Timing& timing, double limit, std::ostr
   out << text;
 }
 
+// A trainer on random tokens.
+class BenchTrainer {
+ public:
+  BenchTrainer(Backend& backend, const Groups& groups, const Config& config)
+      : config_(config), tokens_(config.model().vocabulary()) {
+    DataConfig& data = *config_.mutable_data();
+    data.clear_source();
+    data.add_source()->set_path(tokens_.path());
+    data.set_file_type(DataConfig::RAW_UINT16);
+    data.set_raw_vocabulary(config_.model().vocabulary());
+    complete(&config_, config_.model().vocabulary());
+    dataset_ = Dataset::open(config_);
+    const MoeConfig& moe = config_.model().moe();
+    exchange_ =
+        make_row_exchange(backend, groups, moe.experts(), moe.top_k(), CapacityRule{}, ExchangeOptions{});
+    trainer_.emplace(config_, *dataset_, backend, groups, exchange_.get());
+    trainer_->start();
+  }
+  Trainer& trainer() { return *trainer_; }
+  std::string folder() const { return tokens_.folder(); }
+
+ private:
+  Config config_;
+  RandomTokens tokens_;
+  std::unique_ptr<Dataset> dataset_;
+  std::unique_ptr<RowExchange> exchange_;
+  std::optional<Trainer> trainer_;
+};
+
 }  // namespace
 
 void bench_step(Backend& backend, const Groups& groups, double rank_limit, const StepBench& bench,
                 std::ostream& out) {
-  Config config = bench.config;
-  const RandomTokens tokens(config.model().vocabulary());
-  DataConfig& data = *config.mutable_data();
-  data.clear_source();
-  data.add_source()->set_path(tokens.path());
-  data.set_file_type(DataConfig::RAW_UINT16);
-  data.set_raw_vocabulary(config.model().vocabulary());
-  complete(&config, config.model().vocabulary());
-  const std::unique_ptr<Dataset> dataset = Dataset::open(config);
-  const MoeConfig& moe = config.model().moe();
-  const std::unique_ptr<RowExchange> exchange =
-      make_row_exchange(backend, groups, moe.experts(), moe.top_k(), CapacityRule{}, ExchangeOptions{});
-  Trainer trainer(config, *dataset, backend, groups, exchange.get());
-  trainer.start();
-  const Timing timing = time_steps(trainer, *groups.world, bench.seconds);
+  BenchTrainer trained(backend, groups, bench.config);
+  const Timing timing = time_steps(trained.trainer(), *groups.world, bench.seconds);
   const double limit = sum_over(*groups.world, rank_limit);
-  print(trainer, timing, limit, out);
+  print(trained.trainer(), timing, limit, out);
+}
+
+void bench_telemetry(Backend& backend, const Groups& groups, const StepBench& bench, std::ostream& out) {
+  Config config = bench.config;
+  TelemetryConfig& telemetry = *config.mutable_telemetry();
+  if (telemetry.expert_every() != 1) telemetry.set_expert_every(0);
+  if (telemetry.noise_every() != 1) telemetry.set_noise_every(0);
+  if (telemetry.check_every() != 1) telemetry.set_check_every(0);
+  BenchTrainer trained(backend, groups, config);
+  Trainer& trainer = trained.trainer();
+  std::unique_ptr<Recorder> recorder;
+  if (groups.world->rank() == 0)
+    recorder = std::make_unique<Recorder>(trained.folder(), trainer, RunHeader{}, 1);
+  const auto timed = [&](bool measured) {
+    trainer.pause_measuring(!measured);
+    const auto begin = std::chrono::steady_clock::now();
+    const StepResult result = trainer.step(false);
+    if (measured && recorder) recorder->step(result);
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    return largest_over(*groups.world, seconds);
+  };
+  timed(true);
+  timed(false);
+  const Random random(2, "which step of a pair is measured");
+  std::vector<double> differences, without;
+  for (double spent = 0; differences.size() < 10 || spent < bench.seconds;) {
+    const bool first = random.below(static_cast<std::int64_t>(differences.size()), 2) == 0;
+    const double one = timed(first), two = timed(!first);
+    differences.push_back(first ? one - two : two - one);
+    without.push_back(first ? two : one);
+    spent += one + two;  // the same on every rank, so that all stop together
+  }
+  std::sort(differences.begin(), differences.end());
+  std::sort(without.begin(), without.end());
+  // The median lies between these order statistics with a probability of 95 % (binomial, normal limit).
+  const auto pairs = static_cast<double>(differences.size());
+  const auto at = [&](double place) {
+    const auto index = static_cast<std::int64_t>(std::floor(place));
+    return differences[static_cast<std::size_t>(
+        std::clamp<std::int64_t>(index, 0, std::ssize(differences) - 1))];
+  };
+  const double step = without[without.size() / 2], reach = 0.98 * std::sqrt(pairs);
+  char text[200];
+  std::snprintf(
+      text, sizeof text,
+      "telemetry: %.3f%% of a step of %.1f ms, 95%% interval %.3f%% to %.3f%% (%zu pairs of steps)\n",
+      100 * at(pairs / 2) / step, step * 1e3, 100 * at(pairs / 2 - reach) / step,
+      100 * at(pairs / 2 + reach) / step, differences.size());
+  out << text;
 }
 
 }  // namespace hybridmoe

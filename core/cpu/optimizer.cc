@@ -70,30 +70,37 @@ void update_block(const AdamW& op, const Update& u, Block& block) {
   float* second = op.v.ptr<float>();
   C* weight = op.weight.ptr<C>();
   const float decay = block.segment->decay ? u.decay : 0.f;
-  double weights = 0, updates = 0, ratios = 0;
+  // Short sums in fp32, their sum in double: converting every term would cost as much as the update itself.
+  constexpr std::int64_t kTerms = 1024;
+  double sums[kUpdateColumns] = {};
+  for (std::int64_t begin = block.begin; begin < block.end; begin += kTerms) {
+    const std::int64_t end = std::min(begin + kTerms, block.end);
+    float weights = 0, updates = 0, ratios = 0;
 #pragma omp simd reduction(+ : weights, updates, ratios)
-  for (std::int64_t i = block.begin; i < block.end; ++i) {
-    const float g = grad[i] * u.clip;
-    const float m = u.beta1 * first[i] + u.one_minus_beta1 * g;
-    const float v = u.beta2 * second[i] + u.one_minus_beta2 * g * g;
-    const float second_moment = v * u.correction2;
-    const float step = m * u.correction1 / (std::sqrt(second_moment) + u.eps);
-    const float change = u.rate * (step + decay * master[i]);
-    const float value = master[i] - change;
-    first[i] = m;
-    second[i] = v;
-    master[i] = value;
-    if constexpr (!std::is_same_v<C, float>) weight[i] = from_float<C>(value);
-    weights += static_cast<double>(value) * static_cast<double>(value);
-    updates += static_cast<double>(change) * static_cast<double>(change);
-    ratios += static_cast<double>(g * g / (second_moment > u.least_second ? second_moment : u.least_second));
+    for (std::int64_t i = begin; i < end; ++i) {
+      const float g = grad[i] * u.clip;
+      const float m = u.beta1 * first[i] + u.one_minus_beta1 * g;
+      const float v = u.beta2 * second[i] + u.one_minus_beta2 * g * g;
+      const float second_moment = v * u.correction2;
+      const float step = m * u.correction1 / (std::sqrt(second_moment) + u.eps);
+      const float change = u.rate * (step + decay * master[i]);
+      const float value = master[i] - change;
+      first[i] = m;
+      second[i] = v;
+      master[i] = value;
+      if constexpr (!std::is_same_v<C, float>) weight[i] = from_float<C>(value);
+      weights += value * value;
+      updates += change * change;
+      ratios += g * g / (second_moment > u.least_second ? second_moment : u.least_second);
+    }
+    sums[kParamSquares] += static_cast<double>(weights);
+    sums[kUpdateSquares] += static_cast<double>(updates);
+    sums[kAdamSquares] += static_cast<double>(ratios);
   }
   if constexpr (std::is_same_v<C, float>) {
     if (weight != master) std::copy(master + block.begin, master + block.end, weight + block.begin);
   }
-  block.sum[kParamSquares] = weights;
-  block.sum[kUpdateSquares] = updates;
-  block.sum[kAdamSquares] = ratios;
+  std::copy_n(sums, kUpdateColumns, block.sum);
 }
 
 }  // namespace

@@ -259,40 +259,53 @@ TEST_P(MeasuresInEveryType, SwitchedOffTheyChangeNoBit) {
   EXPECT_EQ(last[1].measures.table_error, "");
 }
 
+TEST_P(MeasuresInEveryType, PausedStepsAreNotMeasured) {
+  TrainerHarness paused(text(GetParam(), "", kBatch), corpus_), all(text(GetParam(), "", kBatch), corpus_);
+  for (const bool pause : {false, true, false}) {
+    paused->pause_measuring(pause);
+    const StepMeasures some = paused->step(false).measures, every = all->step(false).measures;
+    EXPECT_EQ(some.measured, !pause);
+    if (pause) continue;
+    EXPECT_EQ(some.resid_squares, every.resid_squares);
+    EXPECT_EQ(some.adam_squares, every.adam_squares);
+  }
+  EXPECT_TRUE(paused.state() == all.state());
+}
+
 // One flipped bit in one rank's memory is found where it is, in that step.
 TEST_P(MeasuresInEveryType, AFlippedBitOfOneCopyIsNamed) {
   const bool rounded = std::string(GetParam()) == "BF16";
   for (const bool of_owner : {false, true}) {
-    on_ranks(
-        4, text(GetParam(), "check_every: 2", "batch { sequences: 4 }"),
-        [&](TrainerHarness& harness, const Groups& groups) {
-          constexpr int kFlipped = 2;
-          const std::string name = "embedding.weight";
-          ParameterStore& parameters = harness->parameters();
-          const Tensor weight = parameters.weight(parameters.find(name));
-          EXPECT_EQ(harness->step(false).measures.replica_mismatches, -1) << "not due";
-          harness->wait_weights();
-          int flips = 0;
-          for (const auto& bucket : parameters.buckets()) {
-            for (const auto& range : bucket.owned) {
-              if (groups.world->rank() != kFlipped || range.parameter != parameters.find(name)) continue;
-              ASSERT_LT(range.length, weight.elements()) << "another rank owns a part of it";
-              const std::int64_t other = range.local_begin == 0 ? weight.elements() - 1 : 0;
-              const std::int64_t element = of_owner ? range.local_begin : other;
-              static_cast<char*>(weight.data)[element * size_of(weight.dtype)] ^= 1;
-              ++flips;
-            }
-          }
-          EXPECT_EQ(flips, groups.world->rank() == kFlipped ? 1 : 0);
-          const StepMeasures m = harness->step(false).measures;
-          std::vector<std::string> expected = {name +
-                                               ": the copy of rank 2 differs from that of ranks 0 1 3"};
-          if (rounded && of_owner) {
-            expected.push_back(name + ": on rank 2, its owner, the weights are not the rounded master copy");
-          }
-          EXPECT_EQ(m.mismatches, expected);
-          EXPECT_EQ(m.replica_mismatches, std::ssize(expected));
-        });
+    on_ranks(4, text(GetParam(), "check_every: 2", "batch { sequences: 4 }"),
+             [&](TrainerHarness& harness, const Groups& groups) {
+               constexpr int kFlipped = 2;
+               const std::string name = "embedding.weight";
+               ParameterStore& parameters = harness->parameters();
+               const Tensor weight = parameters.weight(parameters.find(name));
+               EXPECT_EQ(harness->step(false).measures.replica_mismatches, -1) << "not due";
+               harness->wait_weights();
+               int flips = 0;
+               for (const auto& bucket : parameters.buckets()) {
+                 for (const auto& range : bucket.owned) {
+                   if (groups.world->rank() != kFlipped || range.parameter != parameters.find(name)) continue;
+                   ASSERT_LT(range.length, weight.elements()) << "another rank owns a part of it";
+                   const std::int64_t other = range.local_begin == 0 ? weight.elements() - 1 : 0;
+                   const std::int64_t element = of_owner ? range.local_begin : other;
+                   static_cast<char*>(weight.data)[element * size_of(weight.dtype)] ^= 1;
+                   ++flips;
+                 }
+               }
+               EXPECT_EQ(flips, groups.world->rank() == kFlipped ? 1 : 0);
+               const StepMeasures m = harness->step(false).measures;
+               std::vector<ReplicaMismatch> expected = {
+                   {2, -1, name + ": the copy of rank 2 differs from that of ranks 0 1 3"}};
+               if (rounded && of_owner) {
+                 expected.push_back(
+                     {2, -1, name + ": on rank 2, its owner, the weights are not the rounded master copy"});
+               }
+               EXPECT_TRUE(m.mismatches == expected) << (m.mismatches.empty() ? "" : m.mismatches[0].message);
+               EXPECT_EQ(m.replica_mismatches, std::ssize(expected));
+             });
   }
 }
 
@@ -303,7 +316,9 @@ TEST_F(Measures, AFlippedRouterBiasIsNamed) {
              if (groups.world->rank() == 1) harness->router_biases()[1].ptr<float>()[3] += 1;
              const StepMeasures m = harness->step(false).measures;
              ASSERT_EQ(m.mismatches.size(), 1);
-             EXPECT_EQ(m.mismatches[0],
+             EXPECT_EQ(m.mismatches[0].layer, 2);
+             EXPECT_EQ(m.mismatches[0].rank, 1);
+             EXPECT_EQ(m.mismatches[0].message,
                        "layers.2.router_bias: the copy of rank 1 differs from that of rank 0");
            });
 }
