@@ -101,12 +101,13 @@ class SyntheticRun {
     return metric_counts(record, expert_load).subspan(static_cast<std::size_t>(layer) * kExperts, kExperts);
   }
 
-  // What a fault in a block does: it blows up the gradient of everything below, and the norm.
+  // What a fault in a block does: it blows up the gradient of its input and everything below, and the norm.
   void blow_up(StepRecord* record, int layer, double factor) {
     set_metric(record, grad_norm, factor);
     const auto raise = [factor](float* value) { *value *= static_cast<float>(factor); };
+    raise(&metric_values(record, layer_grad_norm)[0]);
     for (int below = 0; below <= layer; ++below) {
-      raise(&metric_values(record, dresid_norm)[below]);
+      if (below < layer) raise(&metric_values(record, dresid_norm)[below]);
       for (int kind = 0; kind < kKinds; ++kind)
         raise(&metric_values(record, layer_grad_norm)[row(below, static_cast<Kind>(kind))]);
     }

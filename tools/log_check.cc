@@ -60,21 +60,26 @@ void run_command(const std::string& command, const std::vector<std::string>& var
 
 int CheckResult::status() const { return broken.empty() ? static_cast<int>(health.worst()) : kCheckCorrupt; }
 
-CheckResult check_run(const std::string& run, const HealthRules& rules, bool complete) {
+CheckResult check_run(const std::string& run, const HealthRules& rules, const CheckOptions& options) {
   CheckResult result;
   try {
     const std::string directory = find_log_directory(run);
-    for (const LogProblem& problem : verify_log(directory).problems) result.broken.push_back(problem.str());
-    LogReadOptions options;
-    options.scalars_only = true;
-    options.mode = ReadMode::SkipCorrupt;
-    const RunLog log(directory, options);
+    if (options.verify) {
+      for (const LogProblem& problem : verify_log(directory).problems) result.broken.push_back(problem.str());
+    }
+    LogReadOptions read;
+    read.scalars_only = true;
+    read.mode = ReadMode::SkipCorrupt;
+    const RunLog log(directory, read);
+    for (const LogProblem& problem : log.reader().problems()) {
+      if (!options.verify && !problem.tail) result.broken.push_back(problem.str());
+    }
     require(!log.attempts().empty(), directory, ": the log holds no whole record");
     result.planned_steps = log.newest_header().config().steps();
     result.last_step = log.steps().empty() ? 0 : log.steps().back();
     result.ended = log.attempts().back().finished;
-    if (complete && !result.ended) result.broken.push_back("the run has not ended in order");
-    if (complete && result.last_step < result.planned_steps)
+    if (options.complete && !result.ended) result.broken.push_back("the run has not ended in order");
+    if (options.complete && result.last_step < result.planned_steps)
       result.broken.push_back(cat("the run ended at step ", result.last_step, " of ", result.planned_steps));
     result.health = check_health(directory, ReadMode::SkipCorrupt, rules);
   } catch (const Error& error) {
@@ -137,7 +142,7 @@ int watch_run(const WatchRequest& request, std::ostream& out) {
     }
     if (bytes > 0 && bytes != seen_bytes) {
       seen_bytes = bytes;
-      const CheckResult result = check_run(request.run, request.rules, false);
+      const CheckResult result = check_run(request.run, request.rules, {.complete = false, .verify = false});
       for (const std::string& problem : result.broken)
         report(kCheckCorrupt, problem, result.last_step, problem);
       for (const HealthFinding& finding : result.health.findings)

@@ -21,9 +21,12 @@ struct CheckResult {
   int status() const;
 };
 
-// Also reads a log that is being written. `complete`: the run must have ended in order with all its steps.
-// Never throws for what is wrong with the log: that is its result.
-CheckResult check_run(const std::string& run, const HealthRules& rules, bool complete);
+struct CheckOptions {
+  bool complete = false;  // the run must have ended in order with all its steps
+  bool verify = true;     // every byte of the log; otherwise only what is read: newest segments and indices
+};
+// Also reads a log that is being written. Never throws for what is wrong with the log: that is its result.
+CheckResult check_run(const std::string& run, const HealthRules& rules, const CheckOptions& options);
 void print_check(const CheckResult& result, std::ostream& out);
 void print_check_json(const CheckResult& result, std::ostream& out);
 
@@ -34,10 +37,10 @@ struct WatchRequest {
   std::string command;  // for sh -c; empty: only print
   double every_seconds = 10;
 };
-// Checks whenever the log has grown, prints each new finding once, and runs the command for each that reaches
-// `on`, with HYBRIDMOE_RUN, HYBRIDMOE_STATUS (ok, warn, fail, corrupt), HYBRIDMOE_STEP and HYBRIDMOE_MESSAGE
-// in its environment. Waits for a log that is not there yet. Returns the last status when the run has ended
-// in order.
+// Checks whenever the log has grown, without verifying old segments again, prints each new finding once, and
+// runs the command for each that reaches `on`, with HYBRIDMOE_RUN, HYBRIDMOE_STATUS (ok, warn, fail,
+// corrupt), HYBRIDMOE_STEP and HYBRIDMOE_MESSAGE in its environment. Waits for a log that is not there yet.
+// Returns the last status when the run has ended in order.
 int watch_run(const WatchRequest& request, std::ostream& out);
 
 void print_skip_plan(const SkipPlan& plan, std::ostream& out);

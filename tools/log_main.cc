@@ -134,7 +134,8 @@ HealthRules rules_of(const Options& options) {
 }
 
 int check(const Options& options) {
-  const CheckResult result = check_run(options.run, rules_of(options), options.complete);
+  const CheckResult result =
+      check_run(options.run, rules_of(options), {.complete = options.complete, .verify = true});
   (options.json ? print_check_json : print_check)(result, std::cout);
   return result.status();
 }

@@ -4,8 +4,9 @@
 // Weight-gradient norms cannot name the layer: backpropagation carries a blow-up to every layer below. What a
 // block does to the gradient and to the residual stream can, so the evidence is looked for in this order:
 // values that are not finite; weights that changed by more than their updates; replicas that differ; a jump
-// of the learning rate; the backward gain ln(d[l] / d[l+1]) of each block, d = norm of the loss's gradient by
-// the block's hidden state; the forward ratio ln(r[l] / r[l-1]), r = RMS of the residual stream; adam_rms and
+// of the learning rate; the backward gain ln(d[l-1] / d[l]) of each block, d = norm of the loss's gradient by
+// the block's output; the forward ratio ln(r[l] / r[l-1]), r = RMS of the block's output; the gains of the
+// first block and the head, for which the embedding's gradient and d itself stand in; adam_rms and
 // update_norm; the routers; slow ranks. Each is compared with its own last 256 values before
 // (core/telemetry/spike_detector.h) and counts from 6 scales and a rise by 25 % on. Signs up to 16 steps
 // before the spike are looked at as long as they go on up to it.

@@ -151,7 +151,8 @@ void Examination::incidents() {
     }
   }
   if (scalars_.column("replica_mismatches").empty()) report_.not_judged.push_back("replica_mismatch");
-  if (scalars_.column("step_seconds_max").empty()) report_.not_judged.push_back("straggler_ratio");
+  if (scalars_.column(straggler_metric(scalars_) + "_max").empty())
+    report_.not_judged.push_back("straggler_ratio");
 }
 
 // Over a limit; and, where the logits grow, when they will be over it.
@@ -242,8 +243,9 @@ void Examination::embedding() {
   if (series == nullptr || rules_.embedding_shrinkage() <= 0) return;
   for (std::size_t i = 0; i < series->elements.size(); ++i) {
     if (series->elements[i].kind != "embedding") continue;
-    const std::vector<double> values = element_values(*series, i);
-    if (values.size() < kLeastPoints || !(values.front() > 0)) continue;
+    std::vector<double> values = element_values(*series, i);
+    std::erase_if(values, [](double value) { return !(value > 0); });  // skipped steps are not measured
+    if (values.size() < kLeastPoints) continue;
     const double shrinkage = 1 - values.back() / values.front();
     if (shrinkage >= rules_.embedding_shrinkage())
       find(Severity::Warn, "embedding_shrinkage", series->elements[i].label, report_.last_step, shrinkage,

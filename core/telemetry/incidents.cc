@@ -69,8 +69,8 @@ void add_replicas(const ScalarSeries& series, std::vector<Incident>* incidents) 
 }
 
 void add_stragglers(const ScalarSeries& series, std::vector<Incident>* incidents) {
-  const std::vector<double>&least = series.column("step_seconds_min"),
-        &largest = series.column("step_seconds_max");
+  const std::string name = straggler_metric(series);
+  const std::vector<double>&least = series.column(name + "_min"), &largest = series.column(name + "_max");
   if (least.empty() || largest.empty()) return;
   RollingMedian recent(kStragglerSteps);
   bool slow = false;
@@ -82,7 +82,7 @@ void add_stragglers(const ScalarSeries& series, std::vector<Incident>* incidents
     if (now && !slow) {
       // Half of the steps before this one were slow already.
       const std::size_t began = i >= kStragglerSteps / 2 ? i - kStragglerSteps / 2 : 0;
-      Incident incident{Incident::Kind::Straggler, series.steps[began], series.steps[i], "step_seconds_max"};
+      Incident incident{Incident::Kind::Straggler, series.steps[began], series.steps[i], name + "_max"};
       incident.peak = recent.median();
       incident.baseline = 1;
       incidents->push_back(incident);
@@ -161,6 +161,10 @@ const char* name_of(Incident::Kind kind) {
       return "none";
   }
   return "?";
+}
+
+std::string straggler_metric(const ScalarSeries& series) {
+  return series.column("compute_seconds_min").empty() ? "step_seconds" : "compute_seconds";
 }
 
 std::vector<Incident> find_incidents(const ScalarSeries& series) {

@@ -48,6 +48,10 @@ const char* name_of(Incident::Kind kind);
 inline constexpr double kStragglerRatio = 1.5;
 inline constexpr int kStragglerSteps = 9;
 
+// Which times of the ranks show a slow one: compute_seconds, or in a log without them step_seconds, in which
+// waiting for each other evens them out.
+std::string straggler_metric(const ScalarSeries& series);
+
 // In ascending order of their first step. Episodes of norm and loss that overlap or lie at most 32 steps
 // apart are one incident.
 std::vector<Incident> find_incidents(const ScalarSeries& series);

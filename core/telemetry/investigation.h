@@ -40,8 +40,15 @@ struct Sign {
 };
 
 Signal norms_of(const DenseSeries& series, const std::string& what);
-// ln(x[l] / x[l + neighbour]); the block without a neighbour is judged by x itself.
-Signal ratios_of(const DenseSeries& series, const std::string& what, int neighbour);
+// ln(r[l] / r[l-1]) of the blocks' outputs; of the first block ln r.
+Signal forward_ratios(const DenseSeries& residual);
+// ln(d[l-1] / d[l]), what block l does to the gradient, d at the blocks' outputs; NaN for the first block,
+// whose input's gradient is not recorded.
+Signal backward_gains(const DenseSeries& gradient);
+// The same at the two ends: ln(g / d[0]) for the first block, g the embedding's gradient, which stands in for
+// that of its input; and for the head ln d of the last block. Both also follow the batch, so they come
+// second.
+Signal end_gains(const DenseSeries& gradient, const DenseSeries* weight_gradients);
 bool is_sign(const Signal& signal, const std::optional<Sign>& sign);
 
 class Investigation {
@@ -97,7 +104,8 @@ class Investigation {
   const Evidence* last_evidence() const {
     return result_.evidence.empty() ? nullptr : &result_.evidence.back();
   }
-  int event_rank(EventRecord::Kind kind) const;
+  std::string nonfinite_kind(int layer) const;
+  void blame_mismatch();
 
   const ScalarSeries& scalars_;
   const RunWindow& window_;

@@ -25,15 +25,36 @@ Signal norms_of(const DenseSeries& series, const std::string& what) {
   return signal;
 }
 
-Signal ratios_of(const DenseSeries& series, const std::string& what, int neighbour) {
-  const Signal norms = norms_of(series, what);
-  Signal signal = norms;
-  const auto count = static_cast<std::int64_t>(series.elements.size());
+Signal forward_ratios(const DenseSeries& residual) {
+  Signal signal = norms_of(residual, "forward ratio");
+  for (std::vector<double>& row : signal.rows) {
+    for (std::size_t i = row.size(); i-- > 1;) row[i] -= row[i - 1];
+  }
+  return signal;
+}
+
+Signal backward_gains(const DenseSeries& gradient) {
+  Signal signal = norms_of(gradient, "backward gain");
+  for (std::vector<double>& row : signal.rows) {
+    for (std::size_t i = row.size(); i-- > 0;) row[i] = i > 0 ? row[i - 1] - row[i] : kNan;
+  }
+  return signal;
+}
+
+Signal end_gains(const DenseSeries& gradient, const DenseSeries* weight_gradients) {
+  const Signal norms = norms_of(gradient, "");
+  Signal signal{"backward gain", {}, std::vector<std::vector<double>>(norms.rows.size())};
+  if (norms.elements.empty()) return signal;
+  signal.elements = {norms.elements.front(), {"head", -1, "head"}};
+  std::size_t embedding = 0;
+  while (weight_gradients != nullptr && embedding < weight_gradients->elements.size() &&
+         weight_gradients->elements[embedding].kind != "embedding")
+    ++embedding;
   for (std::size_t t = 0; t < norms.rows.size(); ++t) {
-    for (std::int64_t i = 0; i < count; ++i) {
-      const std::int64_t other = i + neighbour;
-      if (other >= 0 && other < count) signal.rows[t][i] -= norms.rows[t][other];
-    }
+    double below = kNan;
+    if (weight_gradients != nullptr && embedding < weight_gradients->rows[t].size())
+      below = std::log(weight_gradients->rows[t][embedding]);
+    signal.rows[t] = {below - norms.rows[t].front(), norms.rows[t].back()};
   }
   return signal;
 }
@@ -117,12 +138,10 @@ bool Investigation::layer_signal(const Signal& signal) {
 
 bool Investigation::layer_signals() {
   if (!dense_here()) return false;
-  if (const DenseSeries* gradient = window_.find("dresid_norm")) {
-    if (layer_signal(ratios_of(*gradient, "backward gain", +1))) return true;
-  }
-  if (const DenseSeries* residual = window_.find("resid_rms")) {
-    if (layer_signal(ratios_of(*residual, "forward ratio", -1))) return true;
-  }
+  const DenseSeries *gradient = window_.find("dresid_norm"), *residual = window_.find("resid_rms");
+  if (gradient != nullptr && layer_signal(backward_gains(*gradient))) return true;
+  if (residual != nullptr && layer_signal(forward_ratios(*residual))) return true;
+  if (gradient != nullptr && layer_signal(end_gains(*gradient, window_.find("layer_grad_norm")))) return true;
   for (const char* name : {"adam_rms", "update_norm"}) {
     const DenseSeries* series = window_.find(name);
     if (series != nullptr && layer_signal(norms_of(*series, name))) return true;

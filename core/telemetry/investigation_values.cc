@@ -13,20 +13,35 @@ constexpr double kLearningRateJump = 1.5;
 
 }  // namespace
 
+// A skipped step has no weight norms (0): the step before it tells.
 bool Investigation::nonfinite_weights() {
   const DenseSeries* weights = window_.find("param_norm");
-  if (weights == nullptr || weights->rows[at_].empty()) return false;
-  for (std::size_t i = 0; i < weights->elements.size(); ++i) {
-    if (std::isfinite(weights->rows[at_][i])) continue;
-    blame_element(weights->elements[i]);
-    note("param_norm", weights->elements[i].label, window_.steps[at_], weights->rows[at_][i]);
-    claim_ = cat("the weights of ", place(), " are not finite");
-    return true;
+  if (weights == nullptr) return false;
+  for (std::size_t t = at_ > 0 ? at_ - 1 : at_; t <= at_; ++t) {
+    for (std::size_t i = 0; i < weights->rows[t].size(); ++i) {
+      if (std::isfinite(weights->rows[t][i])) continue;
+      blame_element(weights->elements[i]);
+      note("param_norm", weights->elements[i].label, window_.steps[t], weights->rows[t][i]);
+      claim_ = cat("the weights of ", place(), " are not finite");
+      return true;
+    }
   }
   return false;
 }
 
-// Forward: the lowest block whose output is not finite; backward: the highest.
+// The last kind in the order of the forward pass, the first that backpropagation reaches; empty: all or none.
+std::string Investigation::nonfinite_kind(int layer) const {
+  const DenseSeries* counts = window_.find("nonfinite");
+  if (counts == nullptr || counts->rows[at_].empty()) return "";
+  const std::vector<std::size_t> kinds = counts->of_layer(layer);
+  for (std::size_t n = kinds.size(); n-- > 0;) {
+    if (counts->rows[at_][kinds[n]] > 0) return n + 1 == kinds.size() ? "" : counts->elements[kinds[n]].kind;
+  }
+  return "";
+}
+
+// Norms at the blocks' outputs. Forward: the lowest block whose output is not finite. Backward: the block
+// above the highest output whose gradient is not finite.
 bool Investigation::nonfinite_stream(const std::string& metric, bool forward) {
   const DenseSeries* series = window_.find(metric);
   if (series == nullptr || series->rows[at_].empty()) return false;
@@ -35,10 +50,10 @@ bool Investigation::nonfinite_stream(const std::string& metric, bool forward) {
     const std::size_t i = forward ? n : row.size() - 1 - n;
     if (std::isfinite(row[i])) continue;
     note(metric, series->elements[i].label, window_.steps[at_], row[i]);
-    // All of the gradient, from the topmost block on: it was not finite when it came in.
+    // Of all blocks: the gradient was not finite when it came in.
     if (!forward && n == 0) return false;
-    blame_element(series->elements[i]);
-    if (!forward) result_.kind = "";
+    blame_element(series->elements[forward ? i : i + 1]);
+    if (!forward) result_.kind = nonfinite_kind(result_.layer);
     claim_ = cat("the ", forward ? "forward" : "backward", " pass became non-finite in ", place());
     return true;
   }
@@ -86,42 +101,58 @@ bool Investigation::nonfinite() {
 }
 
 // A norm moves by at most the norm of the update. Twice that, for the step at which either is measured, and a
-// thousandth for rounding are allowed; without update norms, a tenth.
+// thousandth for rounding are allowed; without update norms, a tenth. A norm of 0 was not measured (skipped
+// step).
 bool Investigation::weight_change() {
   const DenseSeries *weights = window_.find("param_norm"), *updates = window_.find("update_norm");
   if (weights == nullptr || !dense_here()) return false;
-  double largest = 0;
+  double largest = 0, largest_before = 0;
   std::size_t element = 0, index = 0;
-  for (std::size_t t = std::max<std::size_t>(first_index(), 1); t <= at_; ++t) {
-    const std::vector<double>&before = weights->rows[t - 1], &now = weights->rows[t];
-    if (before.empty() || now.empty()) continue;
-    for (std::size_t i = 0; i < now.size(); ++i) {
-      double allowed = 0.1 * before[i];
-      if (updates != nullptr && !updates->rows[t].empty() && !updates->rows[t - 1].empty())
-        allowed = 2 * (updates->rows[t][i] + updates->rows[t - 1][i]) + 1e-3 * before[i];
-      const double excess = (std::abs(now[i] - before[i]) - allowed) / std::max(before[i], 1e-30);
-      if (!(excess > largest)) continue;
-      largest = excess;
-      element = i;
-      index = t;
+  for (std::size_t i = 0; i < weights->elements.size(); ++i) {
+    double before = 0, moved = 0;  // of the newest step measured; updates from it on
+    for (std::size_t t = first_index() > 0 ? first_index() - 1 : 0; t <= at_; ++t) {
+      const bool measured = !weights->rows[t].empty() && weights->rows[t][i] > 0;
+      if (updates != nullptr && !updates->rows[t].empty()) moved += updates->rows[t][i];
+      if (!measured) continue;
+      const double now = weights->rows[t][i];
+      const double allowed = updates != nullptr ? 2 * moved + 1e-3 * before : 0.1 * before;
+      if (before > 0 && (std::abs(now - before) - allowed) / before > largest) {
+        largest = (std::abs(now - before) - allowed) / before;
+        largest_before = before;
+        element = i;
+        index = t;
+      }
+      before = now;
+      moved = updates != nullptr && !updates->rows[t].empty() ? updates->rows[t][i] : 0;
     }
   }
   if (largest == 0) return false;
-  const double before = weights->rows[index - 1][element], now = weights->rows[index][element];
+  const double now = weights->rows[index][element];
   blame_element(weights->elements[element]);
-  note("param_norm", weights->elements[element].label, window_.steps[index], now, before);
-  claim_ = cat("the weights of ", place(), " changed from norm ", short_text(before), " to ", short_text(now),
-               " by something else than their update");
+  note("param_norm", weights->elements[element].label, window_.steps[index], now, largest_before);
+  claim_ = cat("the weights of ", place(), " changed from norm ", short_text(largest_before), " to ",
+               short_text(now), " by something else than their update");
   blame(Cause::WeightChange, window_.steps[index]);
   return true;
 }
 
-int Investigation::event_rank(EventRecord::Kind kind) const {
+// What the log's own event says of the copies: the rank whose differs, and the layer.
+void Investigation::blame_mismatch() {
   for (const RunLog::TimedEvent& event : events_) {
-    if (event.event.kind() == kind && !event.superseded && event.event.rank_size() > 0)
-      return event.event.rank(0);
+    if (event.event.kind() != EventRecord::HASH_MISMATCH || event.superseded) continue;
+    if (event.event.rank_size() > 0) result_.rank = event.event.rank(0);
+    for (const NamedValue& value : event.event.value()) {
+      if (value.name() == "rank") result_.rank = static_cast<int>(value.value());
+      if (value.name() == "layer") result_.layer = static_cast<int>(value.value());
+    }
+    break;
   }
-  return -1;
+  for (const auto& [name, series] : window_.metrics) {
+    for (const DenseSeries::Element& element : series.elements) {
+      if (result_.layer >= 0 && element.layer == result_.layer)
+        result_.layer_label = element.label.substr(0, element.label.find_first_of("./"));
+    }
+  }
 }
 
 // Copies are compared now and then: what a check finds happened since the one before.
@@ -140,9 +171,11 @@ bool Investigation::replica() {
     }
     if (result_.incident.first_step <= equal) return false;  // all was well after the incident
     note("replica mismatches", "", scalars_.steps[i], mismatches[i], 0);
-    result_.rank = event_rank(EventRecord::HASH_MISMATCH);
-    claim_ = cat("copies of the parameters differ between ranks: found by the check at step ",
-                 scalars_.steps[i], equal > 0 ? cat(", equal at step ", equal) : std::string(),
+    blame_mismatch();
+    claim_ = cat("copies of the parameters",
+                 result_.layer_label.empty() ? std::string() : " of " + result_.layer_label,
+                 " differ between ranks: found by the check at step ", scalars_.steps[i],
+                 equal > 0 ? cat(", equal at step ", equal) : std::string(),
                  result_.rank >= 0 ? cat("; rank ", result_.rank, " is to be suspected") : std::string());
     blame(Cause::Replica, std::min(result_.incident.first_step, scalars_.steps[i]));
     return true;
@@ -168,10 +201,11 @@ bool Investigation::learning_rate() {
 }
 
 bool Investigation::straggler() {
-  const std::vector<double>&least = scalars_.column("step_seconds_min"),
-        &largest = scalars_.column("step_seconds_max"), &rank = scalars_.column("step_seconds_max_rank");
+  const std::string name = straggler_metric(scalars_);
+  const std::vector<double>&least = scalars_.column(name + "_min"), &largest = scalars_.column(name + "_max"),
+        &rank = scalars_.column(name + "_max_rank");
   if (least.empty() || largest.empty()) {
-    result_.missing.push_back("step_seconds_min/max");
+    result_.missing.push_back("compute_seconds_min/max");
     return false;
   }
   const std::size_t at = scalars_.index(result_.incident.first_step);

@@ -67,7 +67,7 @@ TEST_F(AttributionTest, ASignBeforeTheSpikeIsTheOnset) {
     const std::int64_t step = record->step();
     // The gain of layer 2 rises four steps early, too little for the norm to show it.
     if (step >= kFault - 4 && step < kFault) {
-      for (int below = 0; below <= 2; ++below) metric_values(record, run_.dresid_norm)[below] *= 3;
+      for (int below = 0; below < 2; ++below) metric_values(record, run_.dresid_norm)[below] *= 3;
     }
     if (step >= kFault && step < kFault + 3) run_.blow_up(record, 5, 2), run_.blow_up(record, 2, 9);
   });
@@ -124,6 +124,48 @@ TEST_F(AttributionTest, TheForwardPassTellsWhereNaNBegan) {
   EXPECT_EQ(result.lead, 0);
 }
 
+// Gradients are measured at the blocks' outputs: what is wrong below block 3 came out of it.
+TEST_F(AttributionTest, TheBackwardPassTellsWhereNaNBegan) {
+  const Attribution result = explained(during(1, [this](StepRecord* record) {
+    set_metric(record, run_.skipped, 1);
+    for (int below = 0; below < 3; ++below) metric_values(record, run_.dresid_norm)[below] = NAN;
+    for (int row = 0; row <= SyntheticRun::row(3, SyntheticRun::kAttnOut); ++row)
+      metric_counts(record, run_.nonfinite)[row] = 17;
+    for (const Metric& metric : {run_.param_norm, run_.update_norm, run_.adam_rms}) {
+      for (float& value : metric_values(record, metric)) value = 0;  // not measured in a skipped step
+    }
+  }));
+  EXPECT_EQ(result.cause, Cause::NonFinite);
+  EXPECT_EQ(result.layer, 3);
+  EXPECT_EQ(result.kind, "attn_out");
+  EXPECT_NE(result.sentence.find("backward pass"), std::string::npos) << result.sentence;
+}
+
+TEST_F(AttributionTest, ASkippedStepIsNoChangeOfWeights) {
+  const Attribution result = explained([this](StepRecord* record) {
+    if (record->step() == kFault - 3) {
+      for (const Metric& metric : {run_.param_norm, run_.update_norm, run_.adam_rms}) {
+        for (float& value : metric_values(record, metric)) value = 0;
+      }
+    }
+    if (record->step() == kFault) run_.blow_up(record, 4, 6);
+  });
+  EXPECT_EQ(result.cause, Cause::Layer);
+  EXPECT_EQ(result.layer, 4);
+}
+
+TEST_F(AttributionTest, TheHeadAndTheFirstBlock) {
+  const Attribution head = explained(during(2, [this](StepRecord* record) {
+    run_.blow_up(record, SyntheticRun::kLayers - 1, 6);
+    metric_values(record, run_.dresid_norm)[SyntheticRun::kLayers - 1] *= 6;
+  }));
+  EXPECT_EQ(head.layer, -1);
+  EXPECT_EQ(head.kind, "head");
+  TemporaryDirectory other;
+  run_.write(other.path(), 450, during(2, [this](StepRecord* record) { run_.blow_up(record, 0, 6); }));
+  EXPECT_EQ(explain(other.path(), ReadMode::Strict, 0).attribution.layer, 0);
+}
+
 TEST_F(AttributionTest, NonFiniteWeights) {
   const Attribution result = explained(during(1, [this](StepRecord* record) {
     set_metric(record, run_.loss, NAN);
@@ -162,7 +204,11 @@ TEST_F(AttributionTest, CopiesThatDiffer) {
   EventRecord event;
   event.set_kind(EventRecord::HASH_MISMATCH);
   event.set_step(350);
-  event.add_rank(2);
+  for (const auto& [name, number] : {std::pair{"rank", 2.0}, std::pair{"layer", 4.0}}) {
+    NamedValue* value = event.add_value();
+    value->set_name(name);
+    value->set_value(number);
+  }
   const Attribution result = explained(
       [this](StepRecord* record) {
         if (record->step() == 350) set_metric(record, run_.replica_mismatches, 1);
@@ -172,6 +218,7 @@ TEST_F(AttributionTest, CopiesThatDiffer) {
   EXPECT_EQ(result.cause, Cause::Replica);
   EXPECT_EQ(result.step, 310);
   EXPECT_EQ(result.rank, 2);
+  EXPECT_EQ(result.layer_label, "layer_4");
   EXPECT_NE(result.sentence.find("equal at step 300"), std::string::npos) << result.sentence;
 }
 
