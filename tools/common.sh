@@ -56,7 +56,6 @@ run_stoppable() {
   return "$status"
 }
 
-# Compiled objects are found again in the cache whichever copy of the tree they were built in.
-export CCACHE_NOHASHDIR=1
-# A precompiled header is found again by its content.
+# A precompiled header is found again by its content. No CCACHE_BASEDIR: with relative paths an object of one copy of
+# the tree can be taken for that of another one whose precompiled header differs.
 export CCACHE_SLOPPINESS=pch_defines,time_macros

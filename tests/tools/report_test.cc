@@ -78,7 +78,7 @@ class Report : public ::testing::Test {
           metric_values(&record, grads)[2 * l] = static_cast<float>(3e-2 * (l == kSpikeLayer ? factor : 1));
           metric_values(&record, grads)[2 * l + 1] = 4e-2f;
           metric_values(&record, resid)[l] = static_cast<float>(1 << l);
-          metric_values(&record, back)[l] = static_cast<float>((8 >> l) * (l <= kSpikeLayer ? factor : 1));
+          metric_values(&record, back)[l] = static_cast<float>((8 >> l) * (l < kSpikeLayer ? factor : 1));
         }
         for (int i = 0; i < 2 * kReportExperts; ++i) metric_counts(&record, load)[i] = 10;
         if (step >= 200) metric_counts(&record, load)[kReportExperts + 2] = 0;
@@ -173,7 +173,7 @@ TEST_F(Report, MistakesAreSaid) {
   Process nothing({std::string(HYBRIDMOE_BIN_DIR) + "/hybridmoe-log", "report", runs_.path() + "/none",
                    "--html", runs_.path() + "/none.html"},
                   {}, runs_.path() + "/log");
-  EXPECT_EQ(nothing.wait(), 1);
+  EXPECT_EQ(nothing.wait(), 3);
   EXPECT_NE(nothing.err().find("none"), std::string::npos) << nothing.err();
 }
 
@@ -249,12 +249,12 @@ TEST_F(Report, InABrowser) {
   EXPECT_EQ(result[4][1], kReportSteps);
   EXPECT_NEAR(result[4][2].get<double>(), 1.5, 1e-3);
   EXPECT_NEAR(result[4][3].get<double>(), 0.03, 1e-5);
-  // Forward: layer 1 over layer 0, 2 over 1; backward: 0 over 1, 1 over 2.
+  // Of layers 1 and 2. Backward: what leaves a block over what enters it, at the outputs of the blocks.
   EXPECT_TRUE(result[5][0][0].is_null());
   EXPECT_NEAR(result[5][0][1].get<double>(), 2, 1e-3);
-  EXPECT_NEAR(result[5][1][0].get<double>(), 2, 1e-3);
+  EXPECT_TRUE(result[5][1][0].is_null());
   EXPECT_NEAR(result[5][1][1].get<double>(), 100, 1e-2);
-  EXPECT_TRUE(result[5][1][2].is_null());
+  EXPECT_NEAR(result[5][1][2].get<double>(), 2, 1e-3);
   // All charts zoom together, and back.
   EXPECT_LE(result[6][0][0].get<double>(), 1);
   EXPECT_GT(result[8][0][0].get<double>(), 80) << result[8];
@@ -273,8 +273,7 @@ TEST_F(Report, InABrowser) {
   EXPECT_EQ(result[12][1].get<std::string>().find("bad"), std::string::npos) << result[12];
   EXPECT_NE(result[13][2].get<std::string>().find("layer 1 blew up"), std::string::npos) << result[13];
   EXPECT_NE(result[14][0].get<std::string>().find("1 × skip, 1 incident"), std::string::npos) << result[14];
-  EXPECT_NE(result[14][1].get<std::string>().find("layer_1 (qkv) went wrong first"), std::string::npos)
-      << result[14];
+  EXPECT_NE(result[14][1].get<std::string>().find("layer_1 ("), std::string::npos) << result[14];
   EXPECT_EQ(result[14][2], kSpikeLayer);
   EXPECT_EQ(result[14][3], kSpike);
   for (const ReportJson& message : result[15]) {  // the test's own reading of pixels may be called slow

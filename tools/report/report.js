@@ -424,7 +424,8 @@ function showLayer() {
                            {logscale: true, highlightSeriesOpts: {strokeWidth: 2.5}});
   if (charts.loss.isZoomed('x')) charts.layer.updateOptions({dateWindow: charts.loss.xAxisRange()});
 }
-// Forward: RMS of the residual stream over that of the block below; backward: d_l / d_(l+1).
+// Of a block, both measured at the outputs of blocks: RMS of the residual stream over that of the block below; gradient
+// that it hands to the block below over the one that it got.
 function gains(column) {
   const at = (name) => {
     const dense = run.dense[name];
@@ -435,7 +436,7 @@ function gains(column) {
   const layers = (forward || backward).length, rows = [];
   for (let l = 0; l < layers; ++l) {
     rows.push([l, forward && l > 0 ? forward[l] / forward[l - 1] : null,
-               backward && l + 1 < layers ? backward[l] / backward[l + 1] : null]);
+               backward && l > 0 ? backward[l - 1] / backward[l] : null]);
   }
   return rows;
 }
