@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <filesystem>
 #include <vector>
 
 #include "core/error.h"
@@ -34,14 +33,6 @@ std::string escaped(const std::string& text) {
     }
   }
   return result;
-}
-
-// The run directory's own name, whichever of its folders was named.
-std::string run_name(const std::string& directory) {
-  std::filesystem::path path = std::filesystem::path(directory).lexically_normal();
-  if (!path.has_filename()) path = path.parent_path();
-  if (path.filename() == "telemetry") path = path.parent_path();
-  return path.filename().string();
 }
 
 // Whether the line is drawn through a value.

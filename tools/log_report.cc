@@ -4,12 +4,12 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
-#include <filesystem>
 #include <google/protobuf/text_format.h>
 #include <nlohmann/json.hpp>
 
 #include "core/error.h"
 #include "core/telemetry/explain.h"
+#include "core/telemetry/log_files.h"
 #include "tools/log_summary.h"
 #include "tools/report_data.h"
 #include "tools/report_page.h"
@@ -206,10 +206,8 @@ ReportJson incidents_json(const std::string& directory, const RunLog& log) {
 ReportJson run_json(const std::string& run) {
   const std::string directory = find_log_directory(run);
   const ReportData data = gather_report(directory);
-  std::filesystem::path path(run);
-  if (!path.has_filename()) path = path.parent_path();
   const std::vector<std::int64_t>& steps = data.log.steps();
-  ReportJson json = {{"name", path.filename().string()},
+  ReportJson json = {{"name", run_name(directory)},
                      {"facts", facts_json(data.log)},
                      {"steps", base64(std::vector<double>(steps.begin(), steps.end()))},
                      {"scalars", scalars_json(data.log)},

@@ -1,10 +1,10 @@
 #include "tools/log_tables.h"
 
 #include <cmath>
-#include <filesystem>
 #include <nlohmann/json.hpp>
 
 #include "core/error.h"
+#include "core/telemetry/log_files.h"
 #include "tools/log_text.h"
 
 namespace hybridmoe {
@@ -33,14 +33,6 @@ TableJson state_json(const RouterState& state) {
           {"gini", state.gini},
           {"idle_experts", state.idle},
           {"busiest_expert", state.busiest}};
-}
-
-// The last two parts of a run's log directory name say little where the last is "telemetry".
-std::string run_name(const std::string& directory) {
-  std::filesystem::path path = std::filesystem::path(directory).lexically_normal();
-  if (path.filename().empty()) path = path.parent_path();
-  if (path.filename() == "telemetry" && path.has_parent_path()) path = path.parent_path();
-  return path.filename().string();
 }
 
 }  // namespace

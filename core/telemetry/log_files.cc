@@ -32,6 +32,13 @@ std::string find_log_directory(const std::string& run) {
       run, ": no telemetry here; a run directory holds it in telemetry/attempt-000-segment-000.tfrecord"));
 }
 
+std::string run_name(const std::string& directory) {
+  std::filesystem::path path = std::filesystem::path(directory).lexically_normal();
+  if (!path.has_filename()) path = path.parent_path();
+  if (path.filename() == "telemetry" && path.has_parent_path()) path = path.parent_path();
+  return path.filename().string();
+}
+
 std::string log_segment_path(const std::string& directory, int attempt, int segment) {
   return directory + "/" + segment_name(attempt, segment) + kExtension;
 }

@@ -22,6 +22,8 @@ std::string telemetry_directory(const std::string& run_dir);
 // Error when it is neither.
 std::string find_log_directory(const std::string& run);
 std::string log_segment_path(const std::string& directory, int attempt, int segment);
+// What people call the run of a log directory: the run directory's own name.
+std::string run_name(const std::string& directory);
 // Of a segment: its run header, its events and its segment end, without the steps.
 std::string log_index_path(const std::string& segment_path);
 // The segments in a directory by attempt and segment; none when there is no such directory. Other files are

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <filesystem>
-#include <map>
 #include <string>
 #include <vector>
 
@@ -29,18 +28,11 @@ class EmulatedHosts {
     for (int host = 1; host <= hosts; ++host) {
       list += (host > 1 ? ",h" : "h") + std::to_string(host) + ":" + std::to_string(ranks);
     }
-    std::vector<std::string> all = {
-        "mpirun", "--bind-to", "none",  "--oversubscribe", "-np", std::to_string(hosts * ranks),
-        "--host", list,        "--mca", "plm_rsh_agent",   agent_};
-    for (const char* setting : {"mpi_yield_when_idle", "btl_tcp_if_include", "oob_tcp_if_include"}) {
-      all.insert(all.end(), {"--mca", setting, std::string(setting) == "mpi_yield_when_idle" ? "1" : "lo"});
-    }
+    std::vector<std::string> all = mpirun_command();
+    all.insert(all.end(),
+               {"-np", std::to_string(hosts * ranks), "--host", list, "--mca", "plm_rsh_agent", agent_});
     all.insert(all.end(), program.begin(), program.end());
     return all;
-  }
-  static std::map<std::string, std::string> environment() {
-    return {
-        {"OMPI_ALLOW_RUN_AS_ROOT", "1"}, {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"}, {"OMP_NUM_THREADS", "1"}};
   }
 
  private:

@@ -36,6 +36,27 @@ inline bool wait_until(const std::function<bool()>& condition, double seconds = 
   return true;
 }
 
+// What every mpirun of the tests gets: more ranks than cores, waiting that leaves them to others, loopback
+// only.
+inline std::vector<std::string> mpirun_command() {
+  return {"mpirun",
+          "--bind-to",
+          "none",
+          "--oversubscribe",
+          "--mca",
+          "mpi_yield_when_idle",
+          "1",
+          "--mca",
+          "btl_tcp_if_include",
+          "lo",
+          "--mca",
+          "oob_tcp_if_include",
+          "lo"};
+}
+inline std::map<std::string, std::string> mpirun_environment() {
+  return {{"OMPI_ALLOW_RUN_AS_ROOT", "1"}, {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"}, {"OMP_NUM_THREADS", "1"}};
+}
+
 class Process {
  public:
   // Starts `arguments` (the program's path or name first) with `environment` added to this process' own.

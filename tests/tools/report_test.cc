@@ -1,6 +1,7 @@
 // The report page: what it holds, read from its text; and what it shows, in a real browser that clicks and
 // zooms.
 #include <cmath>
+#include <filesystem>
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 
@@ -125,6 +126,13 @@ class Report : public ::testing::Test {
 
 #define NEEDS_REPORT() \
   if (!report_is_built()) GTEST_SKIP() << "this build has no charting library (libjs-dygraphs)"
+
+// Otherwise the tests here would be left out without a word.
+TEST(ReportOfThisBuild, HasTheChartingLibraryWhereItIsInstalled) {
+  if (std::filesystem::exists("/usr/share/javascript/dygraphs/dygraph.min.js")) {
+    EXPECT_TRUE(report_is_built());
+  }
+}
 
 TEST_F(Report, HoldsEverythingItself) {
   NEEDS_REPORT();

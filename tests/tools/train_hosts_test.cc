@@ -21,7 +21,7 @@ TEST_P(TrainHosts, FourRanksOnTwoHostsEqualFourOnOne) {
   train(path("one"), more, 4);
   std::vector<std::string> program = arguments(path("two"), more);
   program.insert(program.begin(), testing::kTrain);
-  testing::Process job(hosts.command(2, 2, program), hosts.environment(), path("job"));
+  testing::Process job(hosts.command(2, 2, program), testing::mpirun_environment(), path("job"));
   ASSERT_EQ(job.wait(), 0) << job.out() << job.err();
   // They really were on two hosts.
   EXPECT_NE(job.out().find("on 2 hosts"), std::string::npos) << job.out();

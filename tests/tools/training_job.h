@@ -43,29 +43,10 @@ class TrainingJob {
         "trap : USR1 TERM INT; sh -c 'echo $$ > " + directory +
         "/pid.$OMPI_COMM_WORLD_RANK; exec \"$@\"' sh \"$@\"; status=$?; echo $status > " + directory +
         "/status.$OMPI_COMM_WORLD_RANK; exit $status";
-    std::vector<std::string> command = {"mpirun",
-                                        "--bind-to",
-                                        "none",
-                                        "--oversubscribe",
-                                        "--mca",
-                                        "mpi_yield_when_idle",
-                                        "1",
-                                        "--mca",
-                                        "btl_tcp_if_include",
-                                        "lo",
-                                        "--mca",
-                                        "oob_tcp_if_include",
-                                        "lo",
-                                        "-np",
-                                        std::to_string(ranks),
-                                        "sh",
-                                        "-c",
-                                        wrapper,
-                                        "sh",
-                                        kTrain};
+    std::vector<std::string> command = mpirun_command();
+    command.insert(command.end(), {"-np", std::to_string(ranks), "sh", "-c", wrapper, "sh", kTrain});
     command.insert(command.end(), arguments.begin(), arguments.end());
-    environment.insert(
-        {{"OMPI_ALLOW_RUN_AS_ROOT", "1"}, {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"}, {"OMP_NUM_THREADS", "1"}});
+    environment.merge(mpirun_environment());
     process_ = std::make_unique<Process>(command, environment, directory + "/job");
   }
 

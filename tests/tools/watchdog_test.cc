@@ -203,7 +203,8 @@ class WatchdogOfHosts : public WatchdogOfJob {
     if (!hosts.why_not().empty()) GTEST_SKIP() << hosts.why_not();
     std::vector<std::string> program = endless();
     program.insert(program.begin(), testing::kTrain);
-    job_ = std::make_unique<Process>(hosts.command(2, 2, program), hosts.environment(), path("job"));
+    job_ =
+        std::make_unique<Process>(hosts.command(2, 2, program), testing::mpirun_environment(), path("job"));
     wait_for_steps([this] { return job_->out(); }, [this] { return job_->running(); });
     const std::string environment = read_text(cat("/proc/", pid(0), "/environ")), name = "PMIX_NAMESPACE=";
     const std::size_t at = environment.find(name);
