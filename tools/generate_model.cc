@@ -7,7 +7,7 @@ namespace hybridmoe {
 
 namespace {
 
-constexpr std::int64_t kPieceElements = 1 << 20;  // read and converted at once
+constexpr std::int64_t kLoadElements = 1 << 20;  // read and converted at once
 
 // The type that the run computed in, which the manifest records because AUTO depends on the machine.
 Precision precision_of(const CheckpointManifest& manifest) {
@@ -31,9 +31,9 @@ template <class Read>
 void fill(Backend& backend, DType source, const Tensor& target, const Read& read) {
   if (source == target.dtype) return read(std::int64_t{0}, target);
   const std::int64_t elements = target.elements();
-  std::vector<char> buffer(static_cast<std::size_t>(std::min(elements, kPieceElements) * size_of(source)));
-  for (std::int64_t begin = 0; begin < elements; begin += kPieceElements) {
-    const std::int64_t end = std::min(elements, begin + kPieceElements);
+  std::vector<char> buffer(static_cast<std::size_t>(std::min(elements, kLoadElements) * size_of(source)));
+  for (std::int64_t begin = 0; begin < elements; begin += kLoadElements) {
+    const std::int64_t end = std::min(elements, begin + kLoadElements);
     const Tensor piece(buffer.data(), source, {end - begin});
     read(begin, piece);
     backend.convert(piece, target.flat(begin, end), backend.main_stream());

@@ -87,7 +87,7 @@ OperatorCase residual_statistics(const std::string& name, std::int64_t n, std::i
   return c;
 }
 
-struct HeadShape {
+struct HeadNormShape {
   std::string name;
   std::int64_t n;
   std::int32_t heads, head_dim;
@@ -102,7 +102,7 @@ struct HeadShape {
 };
 
 // Everything of the forward call but y.
-void add_head_inputs(const HeadShape& s, OperatorCase& c) {
+void add_head_norm_inputs(const HeadNormShape& s, OperatorCase& c) {
   c.input("x", kC, {s.n, s.width()}, normal()).gap(s.gap);
   if (s.norm == HeadNormKind::PerHead) c.input("gain", kC, {s.head_dim}, normal(0.3, 1));
   if (s.norm == HeadNormKind::FullWidth) {
@@ -121,11 +121,11 @@ void add_head_inputs(const HeadShape& s, OperatorCase& c) {
   c.input("sin", kS, {s.positions(), s.head_dim / 2}, table(true));
 }
 
-Shape rstd_shape(const HeadShape& s) {
+Shape rstd_shape(const HeadNormShape& s) {
   return s.norm == HeadNormKind::FullWidth ? Shape{s.n} : Shape{s.n, s.heads};
 }
 
-HeadNormRopeForward forward_of(const HeadShape& s, const TensorSet& t) {
+HeadNormRopeForward forward_of(const HeadNormShape& s, const TensorSet& t) {
   return {.x = t["x"],
           .heads = s.heads,
           .head_dim = s.head_dim,
@@ -146,9 +146,9 @@ void sum_squares(Backend& b, const TensorSet& t) {
   if (!t["sumsq"].empty()) b.head_norm_statistics({.x = t["x"], .sumsq = t["sumsq"]}, b.main_stream());
 }
 
-OperatorCase head_norm_rope_forward(const HeadShape& s) {
+OperatorCase head_norm_rope_forward(const HeadNormShape& s) {
   OperatorCase c("head_norm_rope_forward/" + s.name);
-  add_head_inputs(s, c);
+  add_head_norm_inputs(s, c);
   c.output("y", kC, {s.n, s.width()}).gap(s.gap).alias_of(s.in_place ? "x" : "");
   if (s.norm != HeadNormKind::None) {
     c.output("rstd", kS, rstd_shape(s)).error(static_cast<double>(s.head_dim));
@@ -161,7 +161,7 @@ OperatorCase head_norm_rope_forward(const HeadShape& s) {
   return c;
 }
 
-OperatorCase head_norm_statistics(const HeadShape& s) {
+OperatorCase head_norm_statistics(const HeadNormShape& s) {
   OperatorCase c("head_norm_statistics/" + s.name);
   c.input("x", kC, {s.n, s.width()}, normal()).gap(s.gap);
   c.output("sumsq", kS, {s.n}).error(static_cast<double>(s.width()));
@@ -173,11 +173,11 @@ OperatorCase head_norm_statistics(const HeadShape& s) {
 }
 
 // For FullWidth, the statistics and the backward pass that needs them, one after the other.
-OperatorCase head_norm_rope_backward(const HeadShape& s) {
+OperatorCase head_norm_rope_backward(const HeadNormShape& s) {
   OperatorCase c("head_norm_rope_backward/" + s.name);
   const bool full = s.norm == HeadNormKind::FullWidth;
   const auto width = static_cast<double>(full ? s.width() : s.head_dim);
-  add_head_inputs(s, c);
+  add_head_norm_inputs(s, c);
   c.input("dy", kC, {s.n, s.width()}, normal()).gap(s.gap);
   if (s.norm != HeadNormKind::None) {
     c.derived("rstd", kS, rstd_shape(s));
@@ -207,7 +207,7 @@ OperatorCase head_norm_rope_backward(const HeadShape& s) {
   return c;
 }
 
-void add_heads(const HeadShape& s, Cases& cases) {
+void add_heads(const HeadNormShape& s, Cases& cases) {
   cases.push_back(head_norm_rope_forward(s));
   cases.push_back(head_norm_rope_backward(s));
   if (s.norm == HeadNormKind::FullWidth) cases.push_back(head_norm_statistics(s));
@@ -249,7 +249,7 @@ void add_norms(Cases& cases) {
   add_heads({"rope_only_in_place_strided", 6, 3, 8, kNone, true, 1, 3, 40, true}, cases);
   add_heads({"nothing", 4, 2, 8, kNone, false, 0, 1, 4}, cases);
   add_heads({"no_rows", 0, 2, 8, kPerHead, true, 0, 4}, cases);
-  HeadShape in_place{"per_head_dx_is_dy", 6, 2, 64, kPerHead, true, 0, 3, 64, true};
+  HeadNormShape in_place{"per_head_dx_is_dy", 6, 2, 64, kPerHead, true, 0, 3, 64, true};
   cases.push_back(head_norm_rope_backward(in_place));
   in_place.name = "full_width_dx_is_dy", in_place.norm = kFull;
   cases.push_back(head_norm_rope_backward(in_place));

@@ -14,7 +14,7 @@ Config parse(const std::string& text, const std::vector<std::string>& overrides 
 }
 
 // The message of the Error, or nothing.
-std::string error_of(const std::string& text, const std::vector<std::string>& overrides = {}) {
+std::string load_error(const std::string& text, const std::vector<std::string>& overrides = {}) {
   try {
     parse(text, overrides);
   } catch (const Error& error) {
@@ -31,7 +31,7 @@ void expect_all(const std::string& message, const std::vector<std::string>& line
 }
 
 TEST(ConfigLoad, TenMistakesGiveOneMessageWithAllTen) {
-  const std::string message = error_of(
+  const std::string message = load_error(
       "model {\n"
       "  layrs: 4\n"                       // 1 unknown field
       "  d_model: \"wide\"\n"              // 2 wrong type
@@ -91,27 +91,28 @@ TEST(ConfigLoad, TextReadsBackEqual) {
 
 TEST(ConfigLoad, SyntaxMistakesKeepTheRest) {
   expect_all(
-      error_of("model = { moe {} }\nsteps 5\nseed: {}\nmodel_: { a: [1, {}] }\n} name: \"a/b\""),
+      load_error("model = { moe {} }\nsteps 5\nseed: {}\nmodel_: { a: [1, {}] }\n} name: \"a/b\""),
       {"5 mistakes", "test:1:1: model: expected ':' after the name", "test:2:1: steps: expected ':'",
        "test:3:7: seed = {: is an integer", "test:4:1: model_: Config has no such field; did you mean model?",
        "test:5:1: expected the name of a field, found '}'"});
-  expect_all(error_of("model { moe { top_k: 3\n"),
+  expect_all(load_error("model { moe { top_k: 3\n"),
              {"2 mistakes", "test:1:13: model.moe: this message is never closed",
               "test:1:7: model: this message is never closed"});
-  expect_all(error_of("model { moe {} layers: }\nname: \"open\n"),
+  expect_all(load_error("model { moe {} layers: }\nname: \"open\n"),
              {"test:1:16: model.layers: expected a value, found '}'",
               "test:2:12: String literals cannot cross line boundaries"});
-  expect_all(error_of("model: 3 steps: [1, 2]"), {"model = 3: is a ModelConfig", "steps = [: is an integer"});
+  expect_all(load_error("model: 3 steps: [1, 2]"),
+             {"model = 3: is a ModelConfig", "steps = [: is an integer"});
 }
 
 TEST(ConfigLoad, SuggestsWhereAFieldReallyIs) {
-  expect_all(error_of("model { moe {} } learning_rate: 1e-3"), {"did you mean optimizer.learning_rate?"});
-  expect_all(error_of("model { moe {} zzzzzzzz: 1 }"), {"its fields are layers, d_model, heads"});
-  expect_all(error_of("model { moe {} placement: hybrid_star }"), {"did you mean HYBRID_STAR?"});
+  expect_all(load_error("model { moe {} } learning_rate: 1e-3"), {"did you mean optimizer.learning_rate?"});
+  expect_all(load_error("model { moe {} zzzzzzzz: 1 }"), {"its fields are layers, d_model, heads"});
+  expect_all(load_error("model { moe {} placement: hybrid_star }"), {"did you mean HYBRID_STAR?"});
 }
 
 TEST(ConfigLoad, IntegersMustFit) {
-  expect_all(error_of("model { moe {} layers: 4294967296 } seed: -1"),
+  expect_all(load_error("model { moe {} layers: 4294967296 } seed: -1"),
              {"model.layers = 4294967296: does not fit: integers from -2147483648 to 2147483647; nearest: "
               "2147483647",
               "seed = -1: does not fit"});
@@ -146,7 +147,7 @@ TEST(ConfigLoad, AnEmptyOverrideRestoresTheDefault) {
 }
 
 TEST(ConfigLoad, OverrideMistakesNameTheOverride) {
-  const std::string message = error_of(
+  const std::string message = load_error(
       kModel, {"model.layrs=4", "nonsense", "data.source[1].path=x", "model.layers[0]=1", "model.layers.x=1",
                "data.source.path=x", "model.heads=four", "steps+=3", "model.moe.top_k=2 3"});
   expect_all(
@@ -161,18 +162,18 @@ TEST(ConfigLoad, OverrideMistakesNameTheOverride) {
 
 TEST(ConfigLoad, ABrokenRuleNamesTheOverrideThatBrokeIt) {
   expect_all(
-      error_of(kModel, {"model.kv_heads=3"}),
+      load_error(kModel, {"model.kv_heads=3"}),
       {"1 mistake:", "--set model.kv_heads=3: model.kv_heads = 3: must divide model.heads = 4; nearest: 2"});
 }
 
 TEST(ConfigLoad, FilesAreRead) {
-  const auto path = std::filesystem::path(testing::TempDir()) / "hybridmoe_config_load_test.textproto";
+  const auto path = std::filesystem::path(::testing::TempDir()) / "hybridmoe_config_load_test.textproto";
   std::ofstream(path) << kModel << "steps: 7";
   EXPECT_EQ(load_config(path, {"data.source={path: \"x\"}"}).steps(), 7);
   EXPECT_THROW(load_config(path), Error) << "no data source";
   std::filesystem::remove(path);
   EXPECT_THROW(load_config(path), Error) << "no file";
-  EXPECT_THROW(load_config(testing::TempDir()), Error) << "a directory";
+  EXPECT_THROW(load_config(::testing::TempDir()), Error) << "a directory";
 }
 
 // Texts with characters removed, doubled and exchanged: each is read or refused, and none hangs or crashes.
@@ -195,7 +196,7 @@ TEST(ConfigLoad, DamagedTextsAreReadOrRefused) {
         std::swap(text[at], text[random() % text.size()]);
       }
     }
-    error_of(text).empty() ? ++read : ++refused;
+    load_error(text).empty() ? ++read : ++refused;
   }
   EXPECT_GT(read, 0);
   EXPECT_GT(refused, 1000);

@@ -19,7 +19,7 @@ Config changed(const std::vector<std::string>& overrides) {
   return config;
 }
 
-struct Case {
+struct RuleCase {
   std::vector<std::string> overrides;
   std::string field;
   std::string suggestion;  // part of it
@@ -28,7 +28,7 @@ struct Case {
 
 // Each case breaks one rule, and only one violation may come of it.
 TEST(ConfigValidate, OneViolationForOneMistake) {
-  const std::vector<Case> cases = {
+  const std::vector<RuleCase> cases = {
       {{"model.layers=0"}, "model.layers", "nearest: 1"},
       {{"model.layers=2000000000"}, "model.layers", "nearest: 4096"},
       {{"model.heads=-4"}, "model.heads", "nearest: 1"},
@@ -122,7 +122,7 @@ TEST(ConfigValidate, OneViolationForOneMistake) {
       {{"emulate_bf16=true"}, "emulate_bf16", "precision to BF16"},
       {{"name=a/b"}, "name", ""},
   };
-  for (const Case& each : cases) {
+  for (const RuleCase& each : cases) {
     const std::vector<Violation> found = validate(changed(each.overrides), each.world);
     ASSERT_EQ(found.size(), 1) << each.overrides[0] << "\n" << to_string(found, "");
     EXPECT_EQ(found[0].field, each.field) << to_string(found[0]);

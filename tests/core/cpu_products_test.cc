@@ -34,7 +34,7 @@ struct Matrix {
   }
 };
 
-struct Case {
+struct ProductCase {
   std::int64_t m, n, k;
   bool a_transposed, b_transposed, accumulate;
   DType c_type = DType::F32;
@@ -44,7 +44,7 @@ struct Case {
 
 class Products {
  public:
-  Products(DType type, const Case& c)
+  Products(DType type, const ProductCase& c)
       : case_(c),
         a_(c.a_transposed ? c.k : c.m, c.a_transposed ? c.m : c.k, c.gap, type, "a"),
         b_(c.b_transposed ? c.n : c.k, c.b_transposed ? c.k : c.n, c.gap, type, "b"),
@@ -96,12 +96,12 @@ class Products {
   }
 
  private:
-  Case case_;
+  ProductCase case_;
   Matrix a_, b_, c_, before_;
 };
 
-std::vector<Case> cases(DType operands) {
-  std::vector<Case> all;
+std::vector<ProductCase> cases(DType operands) {
+  std::vector<ProductCase> all;
   for (int bits = 0; bits < 8; ++bits) {
     const bool a = (bits & 1) != 0, b = (bits & 2) != 0, accumulate = (bits & 4) != 0;
     for (const DType c_type : {DType::F32, operands}) {
@@ -122,7 +122,7 @@ std::vector<Case> cases(DType operands) {
 
 void check_engine(DType operands, int threads, bool native) {
   ProductEngine engine(operands, threads, native);
-  for (const Case& c : cases(operands)) {
+  for (const ProductCase& c : cases(operands)) {
     Products products(operands, c);
     engine.run(products.product());
     EXPECT_LE(products.error(), 1) << c.m << "x" << c.n << "x" << c.k << " " << c.a_transposed
@@ -148,7 +148,7 @@ void check_threads(DType operands, bool native) {
   ProductEngine engine(operands, kThreads, native);
   std::vector<Products> products;
   for (std::int64_t i = 0; i < kThreads; ++i) {
-    products.emplace_back(operands, Case{10 + 7 * i, 48, 32, false, true, false, operands, 0});
+    products.emplace_back(operands, ProductCase{10 + 7 * i, 48, 32, false, true, false, operands, 0});
   }
   engine.prepare(products[0].product());
   parallel_ranges(kThreads, kThreads, 1, [&](std::int64_t begin, std::int64_t end, int thread) {

@@ -16,8 +16,8 @@ namespace {
 
 using testing::TrainerHarness;
 
-constexpr int kVocabulary = 37;
-const char kText[] =
+constexpr int kSavedVocabulary = 37;
+const char kSavedText[] =
     "model { layers: 2 d_model: 16 heads: 4 sequence_length: 12 "
     "  moe { experts: 6 top_k: 2 expert_hidden: 8 router { scores: SIGMOID bias_update: 0.01 } } } "
     "batch { sequences: 8 micro_batch_sequences: 4 } data { document_mask: true } "
@@ -54,13 +54,13 @@ class CheckpointOfAllRanks : public ::testing::Test {
     // Only rank 0's directory is used by all.
     run_dir_ = groups_.world->gather_strings(directory_.path(), "directory").front();
     corpus_ = testing::write_documents(directory_.file("corpus"),
-                                       testing::random_documents(200, 9, kVocabulary), kVocabulary);
+                                       testing::random_documents(200, 9, kSavedVocabulary), kSavedVocabulary);
   }
   ~CheckpointOfAllRanks() override { groups_.world->barrier("nobody needs the directory any more"); }
 
   std::unique_ptr<TrainerHarness> make(Precision precision) const {
-    return std::make_unique<TrainerHarness>(cat(kText, "precision: ", Precision_Name(precision)), corpus_,
-                                            &groups_);
+    return std::make_unique<TrainerHarness>(cat(kSavedText, "precision: ", Precision_Name(precision)),
+                                            corpus_, &groups_);
   }
   SaveResult save(TrainerHarness& harness, const CheckpointManifest& run = {}) const {
     return save_checkpoint(run_dir_, run, *groups_.world, *harness);

@@ -16,18 +16,18 @@ using testing::ExchangeHarness;
 using testing::ExchangeSize;
 using testing::TrainerHarness;
 
-constexpr int kVocabulary = 37, kSteps = 2;
-const char kText[] =
+constexpr int kHostsVocabulary = 37, kHostsSteps = 2;
+const char kHostsText[] =
     "model { layers: 2 d_model: 16 heads: 4 kv_heads: 2 head_dim: 4 sequence_length: 16 "
     "  moe { experts: 16 top_k: 3 expert_hidden: 8 shared_experts: 1 shared_hidden: 8 z_loss: 0.01 } } "
     "batch { sequences: 16 micro_batch_sequences: 8 } data { held_out: 0.1 } evaluation { sequences: 8 } "
     "steps: 30 seed: 3 ";
 
-struct Case {
+struct HostsCase {
   std::vector<int> hosts;  // ranks of each, 4 or 8 together
   Layout layout;
 };
-void PrintTo(const Case& c, std::ostream* out) {
+void PrintTo(const HostsCase& c, std::ostream* out) {
   for (const int ranks : c.hosts) *out << ranks << '_';
   *out << "T" << c.layout.tensor << "_E" << c.layout.expert << "_ET" << c.layout.expert_tensor;
 }
@@ -39,7 +39,7 @@ std::string host_name(const std::vector<int>& hosts, int rank) {
 }
 
 // Four ranks run their cases as two worlds side by side, which do the same.
-class Hosts : public ::testing::TestWithParam<Case> {
+class Hosts : public ::testing::TestWithParam<HostsCase> {
  protected:
   Hosts() {
     int rank = 0, size = 0;
@@ -68,7 +68,7 @@ struct Trained {
 Trained train(const std::string& text, const std::string& corpus, const Groups& groups) {
   TrainerHarness harness(text, corpus, &groups);
   Trained run;
-  for (int step = 0; step < kSteps; ++step) {
+  for (int step = 0; step < kHostsSteps; ++step) {
     const StepResult result = harness->step(false);
     run.losses.push_back(result.loss);
     run.norms.push_back(result.grad_norm);
@@ -81,10 +81,10 @@ Trained train(const std::string& text, const std::string& corpus, const Groups& 
 TEST_P(Hosts, TrainTheSameBitsHierarchicallyAndFlat) {
   const TemporaryDirectory directory;
   const std::string corpus = testing::write_documents(
-      directory.file("corpus"), testing::random_documents(300, 9, kVocabulary, 3), kVocabulary);
+      directory.file("corpus"), testing::random_documents(300, 9, kHostsVocabulary, 3), kHostsVocabulary);
   for (const Precision precision : {F64, BF16}) {
-    const std::string text =
-        cat(kText, precision == BF16 ? "emulate_bf16: true " : "", "precision: ", Precision_Name(precision));
+    const std::string text = cat(kHostsText, precision == BF16 ? "emulate_bf16: true " : "",
+                                 "precision: ", Precision_Name(precision));
     const Trained flat = train(text + " parallel { exchange: FLAT }", corpus, groups_);
     for (const char* variant : {"exchange: HIERARCHICAL", "exchange: HIERARCHICAL exchange_overlap: false",
                                 "exchange: FLAT exchange_overlap: false"}) {
@@ -103,8 +103,9 @@ TEST_P(Hosts, TrainTheSameBitsHierarchicallyAndFlat) {
 TEST_P(Hosts, OtherNumbersOfChunksAreEqualToRounding) {
   const TemporaryDirectory directory;
   const std::string corpus = testing::write_documents(
-      directory.file("corpus"), testing::random_documents(300, 9, kVocabulary, 3), kVocabulary);
-  const std::string text = cat(kText, "precision: F64 parallel { exchange: HIERARCHICAL exchange_chunks: ");
+      directory.file("corpus"), testing::random_documents(300, 9, kHostsVocabulary, 3), kHostsVocabulary);
+  const std::string text =
+      cat(kHostsText, "precision: F64 parallel { exchange: HIERARCHICAL exchange_chunks: ");
   const Trained two = train(text + "2 }", corpus, groups_);
   for (const int chunks : {1, 5}) {
     const Trained run = train(cat(text, chunks, " }"), corpus, groups_);
@@ -141,8 +142,8 @@ TEST_P(Hosts, BringTheSameRowsWhateverTheLoad) {
 }
 
 TEST_P(Hosts, ChooseByMeasurementOnceForARun) {
-  Config config = parse_config_text(kText, "test");
-  complete(&config, kVocabulary);
+  Config config = parse_config_text(kHostsText, "test");
+  complete(&config, kHostsVocabulary);
   const auto backend = testing::backend_of(F32);
   const MeasuredChoice measured = choose_exchange(config, *backend, groups_, nullptr);
   const std::vector<std::string> all =
@@ -169,13 +170,14 @@ TEST_P(Hosts, ChooseByMeasurementOnceForARun) {
 
 INSTANTIATE_TEST_SUITE_P(
     Several, Hosts,
-    ::testing::Values(Case{{2, 2}, {.world = 4, .expert = 4}},
-                      Case{{3, 1}, {.world = 4, .expert = 2, .expert_tensor = 2}},
-                      Case{{4, 4}, {.world = 8, .expert = 8}},
-                      Case{{2, 2, 2, 2}, {.world = 8, .tensor = 2, .expert = 8}},
-                      Case{{2, 2, 2, 2}, {.world = 8, .expert = 4, .expert_tensor = 2}},
-                      Case{{3, 4, 1}, {.world = 8, .expert = 8}},
-                      Case{{3, 5}, {.world = 8, .tensor = 2, .expert = 4}}),  // one expert group on one host
+    ::testing::Values(HostsCase{{2, 2}, {.world = 4, .expert = 4}},
+                      HostsCase{{3, 1}, {.world = 4, .expert = 2, .expert_tensor = 2}},
+                      HostsCase{{4, 4}, {.world = 8, .expert = 8}},
+                      HostsCase{{2, 2, 2, 2}, {.world = 8, .tensor = 2, .expert = 8}},
+                      HostsCase{{2, 2, 2, 2}, {.world = 8, .expert = 4, .expert_tensor = 2}},
+                      HostsCase{{3, 4, 1}, {.world = 8, .expert = 8}},
+                      HostsCase{{3, 5},
+                                {.world = 8, .tensor = 2, .expert = 4}}),  // one expert group on one host
     ::testing::PrintToStringParamName());
 
 }  // namespace

@@ -16,13 +16,13 @@ using testing::RoutingRecord;
 using testing::TrainerHarness;
 using testing::TrainerState;
 
-constexpr int kVocabulary = 37, kSteps = 3;
+constexpr int kBf16Vocabulary = 37, kBf16Steps = 3;
 // Gradients pass through some ten roundings to bf16 (each up to 2^-9 of a value) in another order on each
 // layout; partial sums are rounded once more per rank. A gain's gradient is a sum over all tokens that mostly
 // cancels, while its error does not.
 constexpr double kMatrixBound = 0.05, kGainBound = 0.12, kLossBound = 2e-3;
 
-const char kText[] =
+const char kBf16Text[] =
     "model { layers: 3 d_model: 16 heads: 8 kv_heads: 2 head_dim: 4 sequence_length: 16 dense_hidden: 16 "
     "  padded_vocabulary: 41 moe { experts: 8 top_k: 2 expert_hidden: 8 dense_layers: 1 shared_experts: 1 "
     "  shared_hidden: 8 } } "
@@ -46,8 +46,8 @@ testing::Substitutes recording(RoutingRecord* record, const RoutingRecord* repla
 
 std::vector<OracleStep> oracle_steps(const std::string& corpus) {
   RoutingRecord record;
-  TrainerHarness one(kText, corpus, nullptr, recording(&record));
-  std::vector<OracleStep> steps(kSteps);
+  TrainerHarness one(kBf16Text, corpus, nullptr, recording(&record));
+  std::vector<OracleStep> steps(kBf16Steps);
   for (OracleStep& step : steps) {
     step.before = one.state();
     step.progress = one->progress();
@@ -71,7 +71,7 @@ Differences compare(const Layout& layout, const OracleStep& oracle, const std::s
     const MeshCommunicators communicators(mesh, rank.world(), rank.make_groups());
     const Groups groups = communicators.groups();
     RoutingRecord record;
-    TrainerHarness many(kText, corpus, &groups, recording(&record, &oracle.routing, rank.world().rank()));
+    TrainerHarness many(kBf16Text, corpus, &groups, recording(&record, &oracle.routing, rank.world().rank()));
     many.set_state(oracle.before, oracle.progress);
     const StepResult result = many->step(false);
     Differences& difference = differences[rank.world().rank()];
@@ -92,10 +92,10 @@ Differences compare(const Layout& layout, const OracleStep& oracle, const std::s
 TEST(LayoutsInBf16, StepsFromOneProcessStateEqualItsSteps) {
   const TemporaryDirectory directory;
   const std::string corpus = testing::write_documents(
-      directory.file("corpus"), testing::random_documents(400, 9, kVocabulary, 3), kVocabulary);
+      directory.file("corpus"), testing::random_documents(400, 9, kBf16Vocabulary, 3), kBf16Vocabulary);
   const std::vector<OracleStep> oracle = oracle_steps(corpus);
-  Config config = parse_config_text(kText, "test");
-  complete(&config, kVocabulary);
+  Config config = parse_config_text(kBf16Text, "test");
+  complete(&config, kBf16Vocabulary);
   double matrices = 0, gains = 0;
   int count = 0;
   for (const int world : {1, 2, 4, 8}) {

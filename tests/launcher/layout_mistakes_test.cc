@@ -16,8 +16,8 @@ using testing::relative_difference;
 using testing::TrainerHarness;
 using testing::TrainerState;
 
-constexpr int kVocabulary = 29;
-constexpr double kBound = 1e-11;
+constexpr int kMistakesVocabulary = 29;
+constexpr double kMistakesBound = 1e-11;
 
 const char kLosses[] = "balance_loss: 0.5 z_loss: 0.1";
 
@@ -25,7 +25,8 @@ class LayoutMistakes : public ::testing::Test {
  protected:
   void SetUp() override {
     corpus_ = testing::write_documents(directory_.file("corpus"),
-                                       testing::random_documents(300, 9, kVocabulary, 3), kVocabulary);
+                                       testing::random_documents(300, 9, kMistakesVocabulary, 3),
+                                       kMistakesVocabulary);
   }
   static std::string text(const std::string& model = "", const std::string& moe = kLosses,
                           const std::string& rest = "batch { sequences: 4 } ") {
@@ -76,7 +77,8 @@ class LayoutMistakes : public ::testing::Test {
   }
 
   static void expect_near(double many, double one, const char* what) {
-    EXPECT_LE(relative_difference({many}, {one}), kBound) << what << ": " << many << " instead of " << one;
+    EXPECT_LE(relative_difference({many}, {one}), kMistakesBound)
+        << what << ": " << many << " instead of " << one;
   }
   // Gradients of the parameters whose names contain `part`.
   static void expect_gradients(const Run& many, const Run& one, const std::string& part) {
@@ -85,7 +87,7 @@ class LayoutMistakes : public ::testing::Test {
       if (name.find(part) == std::string::npos) continue;
       ++compared;
       EXPECT_GT(testing::norm_of(state.gradient), 1e-6) << name;
-      EXPECT_LE(relative_difference(many.state.at(name).gradient, state.gradient), kBound) << name;
+      EXPECT_LE(relative_difference(many.state.at(name).gradient, state.gradient), kMistakesBound) << name;
     }
     EXPECT_GT(compared, 0) << part;
   }
@@ -133,7 +135,7 @@ TEST_F(LayoutMistakes, NormAndRouterGradientsAreSummedOverTensorRanks) {
   // Parts that are left unsummed have an owner on each rank, whose parts the comparison would sum: then there
   // are two owners of one weight as well.
   for (const auto& [name, state] : one.state) {
-    EXPECT_LE(relative_difference(many.state.at(name).master, state.master), kBound) << name;
+    EXPECT_LE(relative_difference(many.state.at(name).master, state.master), kMistakesBound) << name;
   }
 }
 
@@ -152,7 +154,8 @@ TEST_F(LayoutMistakes, RecomputationDecidesTiesAsTheForwardPassDid) {
   const Run many = ranks(text("recompute: true"), {.world = 2, .expert = 2}, send_all_to_the_first);
   expect_gradients(many, one, "router");
   for (const char* name : {"layers.0.experts.down.weight", "layers.1.experts.gate_up.weight"}) {
-    EXPECT_LE(relative_difference(many.state.at(name).gradient, one.state.at(name).gradient), kBound) << name;
+    EXPECT_LE(relative_difference(many.state.at(name).gradient, one.state.at(name).gradient), kMistakesBound)
+        << name;
   }
 }
 

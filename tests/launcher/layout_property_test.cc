@@ -17,13 +17,13 @@ using testing::Difference;
 using testing::OracleRun;
 using testing::TrainerHarness;
 
-constexpr int kCases = 240, kCasesPerTest = 20, kSteps = 3;
-constexpr double kBound = 1e-11;
+constexpr int kCases = 240, kCasesPerTest = 20, kPropertySteps = 3;
+constexpr double kPropertyBound = 1e-11;
 
 // How the routers are made to send their tokens.
 enum class Load { Initial, AllToTheFirst, Skewed };
 
-struct Case {
+struct LayoutCase {
   std::string text;
   Layout layout;
   Load load = Load::Initial;
@@ -96,9 +96,9 @@ std::string replaced(const std::string& text, const char* pattern, const char* b
   return std::regex_replace(text, std::regex(pattern), by);
 }
 
-Case drawn_case(std::uint64_t number) {
+LayoutCase drawn_case(std::uint64_t number) {
   Draw draw(number);
-  Case result;
+  LayoutCase result;
   result.vocabulary = draw.of({20, 27, 33});
   result.text = drawn_model(draw, result.vocabulary);
   if (result.text.find("BY_PROBABILITY") != std::string::npos) {
@@ -145,7 +145,7 @@ void set_load(TrainerHarness& harness, Load load) {
 
 class LayoutProperty : public ::testing::TestWithParam<int> {
  protected:
-  static std::string run(const Case& drawn) {
+  static std::string run(const LayoutCase& drawn) {
     const TemporaryDirectory directory;
     testing::Documents documents = testing::random_documents(500, 7, drawn.vocabulary, 5);
     for (int i = 0; i < 60; ++i) documents.push_back({i % drawn.vocabulary});  // targets that are all masked
@@ -154,7 +154,7 @@ class LayoutProperty : public ::testing::TestWithParam<int> {
     const auto alone = make_local_communicator();
     TrainerHarness one(drawn.text, corpus);
     set_load(one, drawn.load);
-    const OracleRun oracle = testing::record_run(one, data_parallel_groups(*alone, *alone), kSteps);
+    const OracleRun oracle = testing::record_run(one, data_parallel_groups(*alone, *alone), kPropertySteps);
     std::vector<std::string> differences(drawn.layout.world);
     run_ranks(drawn.layout.world, [&](ThreadWorld::Rank& rank) {
       const Mesh mesh(drawn.layout, one.config().model().kv_heads());
@@ -162,7 +162,8 @@ class LayoutProperty : public ::testing::TestWithParam<int> {
       const Groups groups = communicators.groups();
       TrainerHarness many(drawn.text, corpus, &groups);
       set_load(many, drawn.load);
-      differences[rank.world().rank()] = testing::compare_with_oracle(many, groups, oracle, kBound).what();
+      differences[rank.world().rank()] =
+          testing::compare_with_oracle(many, groups, oracle, kPropertyBound).what();
     });
     for (const std::string& difference : differences) {
       if (!difference.empty()) return difference;
@@ -176,7 +177,7 @@ TEST_P(LayoutProperty, RanksComputeWhatOneProcessComputes) {
   for (int i = 0; i < kCasesPerTest; ++i) {
     const std::uint64_t number = GetParam() * kCasesPerTest + i;
     if (chosen != nullptr && std::strtoull(chosen, nullptr, 10) != number) continue;
-    const Case drawn = drawn_case(number);
+    const LayoutCase drawn = drawn_case(number);
     std::string difference;
     try {
       difference = run(drawn);
@@ -194,7 +195,7 @@ TEST(LayoutProperty, TheCasesCoverTensorAndExpertLayouts) {
   std::set<std::string> layouts;
   int tensor = 0, expert = 0, shards = 0, both = 0, drops = 0, first = 0, eight = 0;
   for (int number = 0; number < kCases; ++number) {
-    const Case drawn = drawn_case(number);
+    const LayoutCase drawn = drawn_case(number);
     const Layout& l = drawn.layout;
     layouts.insert(cat(l.world, configuration_text(l)));
     tensor += l.tensor > 1;

@@ -17,15 +17,15 @@ using testing::RecordingExchange;
 using testing::RoutingRecord;
 using testing::TrainerHarness;
 
-constexpr int kVocabulary = 37, kChunks = 2;
+constexpr int kTrafficVocabulary = 37, kChunks = 2;
 constexpr std::int64_t d = 12, H = 8, G = 2, dk = 4, S = 16, F = 16, Fe = 8, Fs = 16, E = 8, k = 2, V = 41;
-constexpr std::int64_t kDense = 1, kMoe = 2, kMicroBatches = 2, kSequences = 8;
-const std::string kText =
-    cat("model { layers: ", kDense + kMoe, " d_model: ", d, " heads: ", H, " kv_heads: ", G,
+constexpr std::int64_t kTrafficDense = 1, kTrafficMoe = 2, kMicroBatches = 2, kTrafficSequences = 8;
+const std::string kTrafficText =
+    cat("model { layers: ", kTrafficDense + kTrafficMoe, " d_model: ", d, " heads: ", H, " kv_heads: ", G,
         " head_dim: ", dk, " sequence_length: ", S, " dense_hidden: ", F, " padded_vocabulary: ", V,
-        " moe { experts: ", E, " top_k: ", k, " expert_hidden: ", Fe, " dense_layers: ", kDense,
-        " shared_experts: 2 shared_hidden: 8 } } batch { sequences: ", kMicroBatches* kSequences,
-        " micro_batch_sequences: ", kSequences, " } data { held_out: 0 } precision: F64 ",
+        " moe { experts: ", E, " top_k: ", k, " expert_hidden: ", Fe, " dense_layers: ", kTrafficDense,
+        " shared_experts: 2 shared_hidden: 8 } } batch { sequences: ", kMicroBatches* kTrafficSequences,
+        " micro_batch_sequences: ", kTrafficSequences, " } data { held_out: 0 } precision: F64 ",
         "parallel { bucket_bytes: 4096 exchange_chunks: ", kChunks, " } ");
 
 // Counts the operations of products with weights: 2 m n k each.
@@ -83,7 +83,7 @@ class LayoutTraffic : public ::testing::Test {
       substitutes.exchange = [&](std::unique_ptr<RowExchange> inner) {
         return std::make_unique<RecordingExchange>(std::move(inner), &counts.routing);
       };
-      TrainerHarness harness(kText, corpus, &groups, std::move(substitutes));
+      TrainerHarness harness(kTrafficText, corpus, &groups, std::move(substitutes));
       counts.traffic.clear();
       harness->step(false);
       harness->wait_weights();
@@ -152,12 +152,13 @@ class LayoutTraffic : public ::testing::Test {
     const std::int64_t attention = (heads + 2 * kv) * dk * d + heads * dk * d;
     const std::int64_t dense = 3 * d * F / T, shared = 3 * d * Fs / T;
     const std::int64_t experts = E / l.expert * 3 * d * Fe / l.expert_tensor;
-    const std::int64_t gains = (kDense + kMoe) * (d + 3 * dk) + d;
-    EXPECT_EQ(counts.parameters, 2 * vocabulary * d + (kDense + kMoe) * attention + kDense * dense +
-                                     kMoe * (E * d + shared + experts) + gains);
-    const std::int64_t tokens = kMicroBatches * kSequences * S * T / l.world;  // of the tensor group
-    const std::int64_t weights =
-        (kDense + kMoe) * attention + kDense * dense + kMoe * shared + vocabulary * d;
+    const std::int64_t gains = (kTrafficDense + kTrafficMoe) * (d + 3 * dk) + d;
+    EXPECT_EQ(counts.parameters, 2 * vocabulary * d + (kTrafficDense + kTrafficMoe) * attention +
+                                     kTrafficDense * dense + kTrafficMoe * (E * d + shared + experts) +
+                                     gains);
+    const std::int64_t tokens = kMicroBatches * kTrafficSequences * S * T / l.world;  // of the tensor group
+    const std::int64_t weights = (kTrafficDense + kTrafficMoe) * attention + kTrafficDense * dense +
+                                 kTrafficMoe * shared + vocabulary * d;
     EXPECT_EQ(counts.operations,
               6 * (tokens * weights + slots_of(l, rank, all) * 3 * d * Fe / l.expert_tensor));
     expect_dispatch(l, rank, all);
@@ -168,11 +169,12 @@ class LayoutTraffic : public ::testing::Test {
     EXPECT_EQ(bytes("weight all-gather"), counts.bucket_bytes_sent);
     // A gathering sends the own rows to each other tensor rank, a reduction the others' rows.
     const std::int64_t once = (T - 1) * tokens / T * d * 8;
-    EXPECT_EQ(bytes("attention input"), 2 * (kDense + kMoe) * once) << "forward, and again for the weights";
-    EXPECT_EQ(bytes("attention output"), (kDense + kMoe) * once);
-    EXPECT_EQ(bytes("attention output gradient"), (kDense + kMoe) * once);
-    EXPECT_EQ(bytes("attention input gradient"), (kDense + kMoe) * once);
-    EXPECT_EQ(bytes("feed-forward input"), 2 * (kDense + kMoe) * once) << "dense and shared";
+    EXPECT_EQ(bytes("attention input"), 2 * (kTrafficDense + kTrafficMoe) * once)
+        << "forward, and again for the weights";
+    EXPECT_EQ(bytes("attention output"), (kTrafficDense + kTrafficMoe) * once);
+    EXPECT_EQ(bytes("attention output gradient"), (kTrafficDense + kTrafficMoe) * once);
+    EXPECT_EQ(bytes("attention input gradient"), (kTrafficDense + kTrafficMoe) * once);
+    EXPECT_EQ(bytes("feed-forward input"), 2 * (kTrafficDense + kTrafficMoe) * once) << "dense and shared";
     EXPECT_EQ(bytes("LM head input"), once);
     EXPECT_EQ(bytes("embeddings"), once);
   }
@@ -181,9 +183,9 @@ class LayoutTraffic : public ::testing::Test {
 TEST_F(LayoutTraffic, BytesMessagesAndOperationsOfEachRankAreThoseOfTheFormulas) {
   const TemporaryDirectory directory;
   const std::string corpus = testing::write_documents(
-      directory.file("corpus"), testing::random_documents(400, 9, kVocabulary, 3), kVocabulary);
-  Config config = parse_config_text(kText, "test");
-  complete(&config, kVocabulary);
+      directory.file("corpus"), testing::random_documents(400, 9, kTrafficVocabulary, 3), kTrafficVocabulary);
+  Config config = parse_config_text(kTrafficText, "test");
+  complete(&config, kTrafficVocabulary);
   int count = 0;
   for (const int world : {1, 2, 4, 8}) {
     for (const Layout& layout : testing::legal_layouts(world, layout_demands(config))) {

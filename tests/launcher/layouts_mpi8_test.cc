@@ -15,9 +15,9 @@ using testing::Difference;
 using testing::OracleRun;
 using testing::TrainerHarness;
 
-constexpr int kVocabulary = 37, kSteps = 20;
+constexpr int kLayoutsVocabulary = 37, kLayoutsSteps = 20;
 // With every kind of layer; more tensor ranks than key/value heads; a vocabulary that no rank number divides.
-const char kText[] =
+const char kLayoutsText[] =
     "model { layers: 3 d_model: 16 heads: 8 kv_heads: 2 head_dim: 4 sequence_length: 16 dense_hidden: 16 "
     "  padded_vocabulary: 41 "
     "  moe { experts: 8 top_k: 2 expert_hidden: 8 dense_layers: 1 shared_experts: 1 shared_hidden: 8 "
@@ -52,7 +52,7 @@ void wait_for_all() {
 
 class EveryLayout : public ::testing::TestWithParam<Bound> {
  protected:
-  std::string text() const { return cat(kText, "precision: ", Precision_Name(GetParam().precision)); }
+  std::string text() const { return cat(kLayoutsText, "precision: ", Precision_Name(GetParam().precision)); }
 
   // The layouts of `ranks` ranks that this rank's part of the job is to run, and the communicators for them.
   void run_layouts(int ranks, const std::string& corpus, const OracleRun& oracle) {
@@ -61,7 +61,7 @@ class EveryLayout : public ::testing::TestWithParam<Bound> {
     MPI_Comm_split(MPI_COMM_WORLD, part, world_rank(), &split);
     const MpiWorld world(split);
     Config config = parse_config_text(text(), "test");
-    complete(&config, kVocabulary);
+    complete(&config, kLayoutsVocabulary);
     const std::vector<Layout> layouts = testing::legal_layouts(ranks, layout_demands(config));
     if (world_rank() == 0) count_ += static_cast<int>(layouts.size());
     for (std::size_t i = part; i < layouts.size(); i += parts) {
@@ -83,10 +83,10 @@ class EveryLayout : public ::testing::TestWithParam<Bound> {
 TEST_P(EveryLayout, ComputesWhatOneProcessComputes) {
   const TemporaryDirectory directory;
   const std::string corpus = testing::write_documents(
-      directory.file("corpus"), testing::random_documents(900, 9, kVocabulary, 3), kVocabulary);
+      directory.file("corpus"), testing::random_documents(900, 9, kLayoutsVocabulary, 3), kLayoutsVocabulary);
   const auto alone = make_local_communicator();
   TrainerHarness one(text(), corpus);
-  const OracleRun oracle = testing::record_run(one, data_parallel_groups(*alone, *alone), kSteps);
+  const OracleRun oracle = testing::record_run(one, data_parallel_groups(*alone, *alone), kLayoutsSteps);
   EXPECT_LT(oracle.smallest_clip, 1) << "the case is meant to clip";
   for (int ranks = 1; ranks <= world_size(); ranks *= 2) run_layouts(ranks, corpus, oracle);
   double largest = largest_;

@@ -20,7 +20,7 @@ using testing::relative_difference;
 using testing::TrainerHarness;
 using testing::TrainerState;
 
-constexpr int kLayers = 3;
+constexpr int kReportedLayers = 3;
 
 // The numbers of a record, by the definitions of its header alone.
 class LoggedStep {
@@ -85,7 +85,8 @@ TEST_F(Measures, TheLogHoldsThemUnderTheirNames) {
   expect("adam_rms", LoggedStep::roots(m.adam_squares, harness->meter().row_elements()));
   expect("grad_absmax", m.grad_absmax);
   constexpr double kStreamElements = 4 * 12 * 16;
-  expect("resid_rms", LoggedStep::roots(m.resid_squares, std::vector<double>(kLayers, kStreamElements)));
+  expect("resid_rms",
+         LoggedStep::roots(m.resid_squares, std::vector<double>(kReportedLayers, kStreamElements)));
   expect("resid_absmax", m.resid_absmax);
   expect("dresid_norm", norm(m.dresid_squares));
   expect("attn_logit_max", m.attn_logit_max);
@@ -154,14 +155,15 @@ TEST_F(Measures, TheSlowRankIsNamed) {
 
 // A NaN in one rank's gradient: every rank skips and knows where it came from.
 TEST_F(Measures, ANonFiniteGradientIsSkippedByEveryRankAndNamed) {
-  struct Case {
+  struct NonFiniteCase {
     const char* poisoned;
     int layer;
     const char* message;
   };
-  for (const Case& c : {Case{"layers.1.attn_out.weight", 1, "the output of layer 1 is not finite"},
-                        Case{"embedding.weight", 0, "the output of layer 0 is not finite"},
-                        Case{"final_norm.gain", -1, "first in head"}}) {
+  for (const NonFiniteCase& c :
+       {NonFiniteCase{"layers.1.attn_out.weight", 1, "the output of layer 1 is not finite"},
+        NonFiniteCase{"embedding.weight", 0, "the output of layer 0 is not finite"},
+        NonFiniteCase{"final_norm.gain", -1, "first in head"}}) {
     on_ranks(2, measured_run("F32", "", "batch { sequences: 4 }"),
              [&](TrainerHarness& harness, const Groups& groups) {
                harness->step(false);

@@ -18,8 +18,8 @@ using testing::relative_difference;
 using testing::TrainerHarness;
 using testing::TrainerState;
 
-constexpr int kVocabulary = testing::kMeasuredVocabulary, kLayers = 3, kExperts = 4;
-constexpr double kBound = 1e-12;
+constexpr int kMeasuresVocabulary = testing::kMeasuredVocabulary, kMeasuresLayers = 3, kExperts = 4;
+constexpr double kMeasuresBound = 1e-12;
 
 // Sums over all parameters' elements, by row of the gradient table.
 std::vector<double> by_row(const ParameterStore& parameters,
@@ -44,7 +44,7 @@ std::vector<double> by_row(const ParameterStore& parameters,
 void expect_near(const std::vector<double>& actual, const std::vector<double>& expected, const char* what) {
   ASSERT_EQ(actual.size(), expected.size()) << what;
   for (std::size_t i = 0; i < expected.size(); ++i) {
-    EXPECT_LE(relative_difference({actual[i]}, {expected[i]}), kBound)
+    EXPECT_LE(relative_difference({actual[i]}, {expected[i]}), kMeasuresBound)
         << what << " " << i << ": " << actual[i] << " instead of " << expected[i];
     EXPECT_GT(expected[i], 0) << what << " " << i << ": the test sees nothing";
   }
@@ -173,9 +173,9 @@ TEST_F(Measures, LayersAndLogitsAreThoseThatPassTheOperators) {
     const StepMeasures& m = result.measures;
     const ParameterStore& parameters = harness->parameters();
     std::vector<double> squares, largest, gradients, routers;
-    for (int layer = 0; layer < kLayers; ++layer) {
+    for (int layer = 0; layer < kMeasuresLayers; ++layer) {
       const std::string reader =
-          layer + 1 < kLayers ? cat("layers.", layer + 1, ".qkv.weight") : "final_norm.gain";
+          layer + 1 < kMeasuresLayers ? cat("layers.", layer + 1, ".qkv.weight") : "final_norm.gain";
       ASSERT_GE(parameters.find(reader), 0) << reader;
       const void* const weight = parameters.weight(parameters.find(reader)).data;
       squares.push_back(seen.squares[weight]);

@@ -12,33 +12,34 @@ namespace {
 
 using testing::TrainerHarness;
 
-constexpr int kVocabulary = 37;
+constexpr int kRanksVocabulary = 37;
 
 // Everything that all tests share: small buckets, so that there are many; a clip factor that is never 1.
 const char kCommon[] =
     "parallel { bucket_bytes: 4096 } optimizer { learning_rate: 3e-3 clip_norm: 0.4 } steps: 30 "
     "schedule { warmup_steps: 4 } ";
-const char kModel[] = "d_model: 16 heads: 4 sequence_length: 12 dense_hidden: 24 ";
+const char kRanksModel[] = "d_model: 16 heads: 4 sequence_length: 12 dense_hidden: 24 ";
 
-struct Case {
+struct RanksCase {
   const char* name;
   std::string model, rest;
   bool drops = false;
 };
-void PrintTo(const Case& c, std::ostream* out) { *out << c.name; }
+void PrintTo(const RanksCase& c, std::ostream* out) { *out << c.name; }
 
-const std::string kMoe = "moe { experts: 6 top_k: 2 expert_hidden: 8 balance_loss: 0.05 z_loss: 0.01 ";
+const std::string kRanksMoe = "moe { experts: 6 top_k: 2 expert_hidden: 8 balance_loss: 0.05 z_loss: 0.01 ";
 
 class OneAndManyRanks {
  public:
-  OneAndManyRanks(const Case& c, Precision precision, std::uint64_t seed)
+  OneAndManyRanks(const RanksCase& c, Precision precision, std::uint64_t seed)
       : mesh_(Mesh({.world = ranks()}), world_.communicator(), world_.make_groups()),
         groups_(mesh_.groups()) {
-    testing::Documents documents = testing::random_documents(400, 9, kVocabulary, seed);
+    testing::Documents documents = testing::random_documents(400, 9, kRanksVocabulary, seed);
     // With document_mask some sequences have no target at all.
-    for (int i = 0; i < 150; ++i) documents.push_back({i % kVocabulary});
-    const std::string corpus = testing::write_documents(directory_.file("corpus"), documents, kVocabulary);
-    const std::string text = cat("model { ", kModel, c.model, " } ", kCommon, c.rest, " seed: ", seed,
+    for (int i = 0; i < 150; ++i) documents.push_back({i % kRanksVocabulary});
+    const std::string corpus =
+        testing::write_documents(directory_.file("corpus"), documents, kRanksVocabulary);
+    const std::string text = cat("model { ", kRanksModel, c.model, " } ", kCommon, c.rest, " seed: ", seed,
                                  " precision: ", Precision_Name(precision));
     one_ = std::make_unique<TrainerHarness>(text, corpus);
     many_ = std::make_unique<TrainerHarness>(text, corpus, &groups_);
@@ -115,7 +116,7 @@ class OneAndManyRanks {
   double dropped_ = 0;
 };
 
-class ManyRanks : public ::testing::TestWithParam<Case> {};
+class ManyRanks : public ::testing::TestWithParam<RanksCase> {};
 
 // In double the orders of summation differ by less than 1e-11, so no token of these seeds changes its expert.
 TEST_P(ManyRanks, EqualOneInDouble) {
@@ -129,19 +130,20 @@ TEST_P(ManyRanks, EqualOneInDouble) {
 
 const std::string kBatch = "batch { sequences: 4 } ",
                   kTwoParts = "batch { sequences: 8 micro_batch_sequences: 4 } ";
-const Case kCases[] = {
-    {"hybrid_shared_dense", "layers: 3 " + kMoe + "dense_layers: 1 shared_experts: 1 }", kBatch},
-    {"pre_grouped_tied", "layers: 2 placement: PRE kv_heads: 2 tied_head: true " + kMoe + "}", kBatch},
-    {"accumulation_documents", "layers: 2 " + kMoe + "}", kTwoParts + "data { document_mask: true } "},
-    {"capacity_probability", "layers: 2 " + kMoe + "capacity_factor: 0.8 }", kTwoParts, true},
-    {"capacity_position", "layers: 2 " + kMoe + "capacity_factor: 0.8 drop: BY_POSITION }", kTwoParts, true},
+const RanksCase kCases[] = {
+    {"hybrid_shared_dense", "layers: 3 " + kRanksMoe + "dense_layers: 1 shared_experts: 1 }", kBatch},
+    {"pre_grouped_tied", "layers: 2 placement: PRE kv_heads: 2 tied_head: true " + kRanksMoe + "}", kBatch},
+    {"accumulation_documents", "layers: 2 " + kRanksMoe + "}", kTwoParts + "data { document_mask: true } "},
+    {"capacity_probability", "layers: 2 " + kRanksMoe + "capacity_factor: 0.8 }", kTwoParts, true},
+    {"capacity_position", "layers: 2 " + kRanksMoe + "capacity_factor: 0.8 drop: BY_POSITION }", kTwoParts,
+     true},
     {"sigmoid_bias",
-     "layers: 2 " + kMoe +
+     "layers: 2 " + kRanksMoe +
          "router { scores: SIGMOID renormalize: true scale: 1.5 bias_update: 0.01 } shared_experts: 1 }",
      kTwoParts},
     {"post_full_width_recompute",
      "layers: 2 placement: POST head_norm_scope: FULL_WIDTH head_norms { q: true k: true } recompute: true " +
-         kMoe + "}",
+         kRanksMoe + "}",
      kBatch},
 };
 INSTANTIATE_TEST_SUITE_P(All, ManyRanks, ::testing::ValuesIn(kCases),

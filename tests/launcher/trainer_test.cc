@@ -16,19 +16,22 @@ using testing::relative_difference;
 using testing::TrainerHarness;
 using testing::TrainerState;
 
-constexpr int kVocabulary = 37;
-const std::string kModel =
+constexpr int kTrainerVocabulary = 37;
+const std::string kTrainerModel =
     "layers: 2 d_model: 16 heads: 4 sequence_length: 12 moe { experts: 4 top_k: 2 expert_hidden: 8 ";
 const char kRun[] = "parallel { bucket_bytes: 4096 } schedule { shape: CONSTANT } ";
 const char kTwoParts[] = "batch { sequences: 4 micro_batch_sequences: 2 } ";
 
-std::string model(const std::string& rest_of_moe) { return cat("model { ", kModel, rest_of_moe, " } } "); }
+std::string model(const std::string& rest_of_moe) {
+  return cat("model { ", kTrainerModel, rest_of_moe, " } } ");
+}
 
 class TrainerTest : public ::testing::Test {
  protected:
   TrainerTest()
       : corpus_(testing::write_documents(directory_.file("corpus"),
-                                         testing::random_documents(300, 9, kVocabulary), kVocabulary)) {}
+                                         testing::random_documents(300, 9, kTrainerVocabulary),
+                                         kTrainerVocabulary)) {}
   std::unique_ptr<TrainerHarness> make(const std::string& text, Precision precision = F64,
                                        const std::string& optimizer = "") const {
     return std::make_unique<TrainerHarness>(cat(text, " ", kRun, "optimizer { learning_rate: 3e-3 ",
@@ -174,7 +177,7 @@ TEST_F(TrainerTest, EvaluationIsTheMeanOverTheHeldOutTargets) {
       }
       sum += losses[i];
       ++count;
-      bytes += targets[i] == kVocabulary - 1 ? 0 : testing::kBytesPerToken;
+      bytes += targets[i] == kTrainerVocabulary - 1 ? 0 : testing::kBytesPerToken;
     }
   }
   EXPECT_EQ(evaluation.sequences, 7);

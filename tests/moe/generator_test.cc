@@ -18,7 +18,7 @@ std::string small_model(const std::string& more) {
   return cat("layers: 2 d_model: 16 heads: 4 sequence_length: ", kPositions, " vocabulary: 23 ", more);
 }
 
-const std::string kMoe = "moe { experts: 4 top_k: 2 expert_hidden: 8 } ";
+const std::string kGeneratedMoe = "moe { experts: 4 top_k: 2 expert_hidden: 8 } ";
 
 // Weights far from their initial values, gains included, so that nothing that is left out goes unseen.
 void scatter_weights(ParameterStore& parameters) {
@@ -98,16 +98,16 @@ TEST_P(CachedPathTest, GivesTheTrainingForwardsDistributions) {
 
 INSTANTIATE_TEST_SUITE_P(
     Models, CachedPathTest,
-    ::testing::Values(std::pair{"hybrid_moe", "placement: HYBRID " + kMoe},
+    ::testing::Values(std::pair{"hybrid_moe", "placement: HYBRID " + kGeneratedMoe},
                       std::pair{"hybrid_star_shared",
                                 std::string("placement: HYBRID_STAR moe { experts: 4 top_k: 2 expert_hidden: "
                                             "8 shared_experts: 1 } tied_head: true")},
-                      std::pair{"pre_grouped_query", "placement: PRE kv_heads: 2 " + kMoe},
+                      std::pair{"pre_grouped_query", "placement: PRE kv_heads: 2 " + kGeneratedMoe},
                       std::pair{"full_width_norms",
                                 "placement: HYBRID kv_heads: 2 head_norm_scope: FULL_WIDTH head_norms { q: "
                                 "true k: true v: true c: true } " +
-                                    kMoe},
-                      std::pair{"post", "placement: POST " + kMoe},
+                                    kGeneratedMoe},
+                      std::pair{"post", "placement: POST " + kGeneratedMoe},
                       std::pair{
                           "mix_ln_sigmoid",
                           std::string("placement: MIX_LN moe { experts: 4 top_k: 2 expert_hidden: 8 router "
@@ -161,7 +161,7 @@ TEST(GeneratorTest, DrawsMatchProbabilities) {
 }
 
 TEST(GeneratorTest, SeedDecidesTheText) {
-  ModelHarness harness(small_model("placement: HYBRID " + kMoe), F64, 1);
+  ModelHarness harness(small_model("placement: HYBRID " + kGeneratedMoe), F64, 1);
   CachedModel cached(harness.config, 4);
   const auto text = [&](std::uint64_t seed, double temperature) {
     Generator generator(*cached.transformer, cached.size, {.temperature = temperature}, seed);

@@ -12,17 +12,17 @@ using testing::ModelHarness;
 using testing::values_of;
 
 const char kSize[] = "d_model: 8 heads: 2 sequence_length: 5 vocabulary: 11 dense_hidden: 6 ";
-const std::string kMoe =
+const std::string kGradientMoe =
     "layers: 2 moe { experts: 4 top_k: 2 expert_hidden: 3 balance_loss: 0.3 z_loss: 0.2 ";
 
-struct Case {
+struct GradientCase {
   const char* name;
   std::string text;
   bool documents = false;
 };
-void PrintTo(const Case& c, std::ostream* out) { *out << c.name; }
+void PrintTo(const GradientCase& c, std::ostream* out) { *out << c.name; }
 
-class ModelGradient : public ::testing::TestWithParam<Case> {};
+class ModelGradient : public ::testing::TestWithParam<GradientCase> {};
 
 void mask_documents(ModelHarness& model) {
   for (std::int64_t i = 0; i < model.doc_start.elements(); ++i) {
@@ -74,40 +74,49 @@ TEST_P(ModelGradient, MatchesFiniteDifferences) {
   }
 }
 
-const std::string kDense = "layers: 2 ";
+const std::string kGradientDense = "layers: 2 ";
 INSTANTIATE_TEST_SUITE_P(
     All, ModelGradient,
     ::testing::Values(
-        Case{"hybrid", "placement: HYBRID " + kMoe + "}"},
-        Case{"hybrid_star", "placement: HYBRID_STAR " + kMoe + "}"},
-        Case{"post", "placement: POST " + kMoe + "}"}, Case{"pre", "placement: PRE " + kMoe + "}"},
-        Case{"pre_qk_norm", "placement: PRE_QK_NORM " + kMoe + "}"},
-        Case{"mix_ln", "layers: 4 placement: MIX_LN moe { experts: 4 top_k: 2 expert_hidden: 3 }"},
-        Case{"no_norms",
-             "placement: PRE layer_override { layer: [0, 1] attn_norm: NONE ffn_norm: NONE } " + kMoe + "}"},
-        Case{"dense_no_norms",
-             kDense + "placement: PRE layer_override { layer: [0, 1] attn_norm: NONE ffn_norm: NONE }"},
-        Case{"dense_hybrid", kDense + "placement: HYBRID"}, Case{"dense_post", kDense + "placement: POST"},
-        Case{"dense_pre", kDense + "placement: PRE"},
-        Case{"dense_then_moe", "placement: HYBRID " + kMoe + " dense_layers: 1 }"},
-        Case{"shared_experts", "placement: HYBRID " + kMoe + " shared_experts: 2 shared_hidden: 3 }"},
-        Case{"shared_pre", "placement: PRE " + kMoe + " shared_experts: 1 }"},
-        Case{"full_width", "placement: HYBRID head_norm_scope: FULL_WIDTH " + kMoe + "}"},
-        Case{"c_norm", "placement: HYBRID head_norms { q: true k: true v: true c: true } " + kMoe + "}"},
-        Case{"c_norm_full_width",
-             "placement: PRE head_norms { k: true c: true } head_norm_scope: FULL_WIDTH " + kMoe + "}"},
-        Case{"grouped_query", "placement: HYBRID kv_heads: 1 head_dim: 6 " + kMoe + "}"},
-        Case{"renormalize", "placement: HYBRID " + kMoe + " router { renormalize: true } }"},
-        Case{"sigmoid",
-             "placement: HYBRID " + kMoe +
-                 " router { scores: SIGMOID groups: 2 top_groups: 1 scale: 1.5 bias_update: 0.1 } }"},
-        Case{"capacity_probability", "placement: HYBRID " + kMoe + " capacity_factor: 0.75 }"},
-        Case{"capacity_position", "placement: HYBRID " + kMoe + " capacity_factor: 0.75 drop: BY_POSITION }"},
-        Case{"z_over_k", "placement: HYBRID " + kMoe + " z_loss_over_top_k: true }"},
-        Case{"tied", "placement: HYBRID tied_head: true " + kMoe + "}"},
-        Case{"documents", "placement: HYBRID " + kMoe + "}", true},
-        Case{"recompute", "placement: HYBRID recompute: true " + kMoe + "}"},
-        Case{"recompute_post", "placement: POST recompute: true " + kMoe + "}"}),
+        GradientCase{"hybrid", "placement: HYBRID " + kGradientMoe + "}"},
+        GradientCase{"hybrid_star", "placement: HYBRID_STAR " + kGradientMoe + "}"},
+        GradientCase{"post", "placement: POST " + kGradientMoe + "}"},
+        GradientCase{"pre", "placement: PRE " + kGradientMoe + "}"},
+        GradientCase{"pre_qk_norm", "placement: PRE_QK_NORM " + kGradientMoe + "}"},
+        GradientCase{"mix_ln", "layers: 4 placement: MIX_LN moe { experts: 4 top_k: 2 expert_hidden: 3 }"},
+        GradientCase{"no_norms",
+                     "placement: PRE layer_override { layer: [0, 1] attn_norm: NONE ffn_norm: NONE } " +
+                         kGradientMoe + "}"},
+        GradientCase{"dense_no_norms",
+                     kGradientDense +
+                         "placement: PRE layer_override { layer: [0, 1] attn_norm: NONE ffn_norm: NONE }"},
+        GradientCase{"dense_hybrid", kGradientDense + "placement: HYBRID"},
+        GradientCase{"dense_post", kGradientDense + "placement: POST"},
+        GradientCase{"dense_pre", kGradientDense + "placement: PRE"},
+        GradientCase{"dense_then_moe", "placement: HYBRID " + kGradientMoe + " dense_layers: 1 }"},
+        GradientCase{"shared_experts",
+                     "placement: HYBRID " + kGradientMoe + " shared_experts: 2 shared_hidden: 3 }"},
+        GradientCase{"shared_pre", "placement: PRE " + kGradientMoe + " shared_experts: 1 }"},
+        GradientCase{"full_width", "placement: HYBRID head_norm_scope: FULL_WIDTH " + kGradientMoe + "}"},
+        GradientCase{"c_norm", "placement: HYBRID head_norms { q: true k: true v: true c: true } " +
+                                   kGradientMoe + "}"},
+        GradientCase{"c_norm_full_width",
+                     "placement: PRE head_norms { k: true c: true } head_norm_scope: FULL_WIDTH " +
+                         kGradientMoe + "}"},
+        GradientCase{"grouped_query", "placement: HYBRID kv_heads: 1 head_dim: 6 " + kGradientMoe + "}"},
+        GradientCase{"renormalize", "placement: HYBRID " + kGradientMoe + " router { renormalize: true } }"},
+        GradientCase{"sigmoid",
+                     "placement: HYBRID " + kGradientMoe +
+                         " router { scores: SIGMOID groups: 2 top_groups: 1 scale: 1.5 bias_update: 0.1 } }"},
+        GradientCase{"capacity_probability",
+                     "placement: HYBRID " + kGradientMoe + " capacity_factor: 0.75 }"},
+        GradientCase{"capacity_position",
+                     "placement: HYBRID " + kGradientMoe + " capacity_factor: 0.75 drop: BY_POSITION }"},
+        GradientCase{"z_over_k", "placement: HYBRID " + kGradientMoe + " z_loss_over_top_k: true }"},
+        GradientCase{"tied", "placement: HYBRID tied_head: true " + kGradientMoe + "}"},
+        GradientCase{"documents", "placement: HYBRID " + kGradientMoe + "}", true},
+        GradientCase{"recompute", "placement: HYBRID recompute: true " + kGradientMoe + "}"},
+        GradientCase{"recompute_post", "placement: POST recompute: true " + kGradientMoe + "}"}),
     [](const auto& each) { return std::string(each.param.name); });
 
 class Recomputation : public ::testing::TestWithParam<Precision> {};
@@ -115,7 +124,7 @@ class Recomputation : public ::testing::TestWithParam<Precision> {};
 TEST_P(Recomputation, ChangesNoBit) {
   for (const char* placement : {"HYBRID", "POST", "PRE"}) {
     const std::string text =
-        cat(kSize, "placement: ", placement, " ", kMoe, " capacity_factor: 1 shared_experts: 1 } ");
+        cat(kSize, "placement: ", placement, " ", kGradientMoe, " capacity_factor: 1 shared_experts: 1 } ");
     ModelHarness kept(text, GetParam(), 2), again(text + "recompute: true", GetParam(), 2);
     EXPECT_EQ(kept.forward_backward(), again.forward_backward()) << placement;
     for (ParameterStore::Id id = 0; id < kept.parameters.size(); ++id) {
@@ -127,7 +136,7 @@ TEST_P(Recomputation, ChangesNoBit) {
 }
 
 TEST_P(Recomputation, TwoRunsGiveTheSameBits) {
-  const std::string text = cat(kSize, "placement: HYBRID ", kMoe, "}");
+  const std::string text = cat(kSize, "placement: HYBRID ", kGradientMoe, "}");
   ModelHarness a(text, GetParam(), 2), b(text, GetParam(), 2);
   EXPECT_EQ(a.forward_backward(), b.forward_backward());
   b.forward_backward();

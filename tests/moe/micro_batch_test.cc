@@ -11,7 +11,7 @@ namespace {
 using testing::ModelHarness;
 using testing::values_of;
 
-const std::string kModel =
+const std::string kMicroBatchModel =
     "layers: 2 d_model: 8 heads: 2 sequence_length: 5 vocabulary: 11 moe { experts: 4 top_k: 2 "
     "expert_hidden: 3 ";
 
@@ -22,7 +22,7 @@ struct Result {
 
 // Micro-batches `first` .. `last` in one accumulation with the scale of a step of `parts`, N_valid = targets.
 Result run(const std::string& losses, int first, int last, int parts, double targets) {
-  ModelHarness model(kModel + losses + "}", F64, 2);
+  ModelHarness model(kMicroBatchModel + losses + "}", F64, 2);
   LossScale scale;
   scale.cross_entropy = 1 / targets;
   scale.global_tokens = model.batch.tokens.elements();

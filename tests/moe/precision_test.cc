@@ -9,15 +9,15 @@ namespace {
 using testing::ModelHarness;
 using testing::values_of;
 
-struct Case {
+struct PrecisionCase {
   const char* name;
   std::string text;
 };
-void PrintTo(const Case& c, std::ostream* out) { *out << c.name; }
+void PrintTo(const PrecisionCase& c, std::ostream* out) { *out << c.name; }
 
-const std::string kModel =
+const std::string kPrecisionModel =
     "layers: 2 d_model: 32 heads: 4 sequence_length: 48 vocabulary: 61 dense_hidden: 40 ";
-const std::string kMoe = "moe { experts: 4 top_k: 2 expert_hidden: 24 ";
+const std::string kPrecisionMoe = "moe { experts: 4 top_k: 2 expert_hidden: 24 ";
 
 std::vector<std::vector<double>> counts_of(const ModelHarness& model) {
   std::vector<std::vector<double>> counts;
@@ -25,7 +25,7 @@ std::vector<std::vector<double>> counts_of(const ModelHarness& model) {
   return counts;
 }
 
-class CpuModel : public ::testing::TestWithParam<std::tuple<Precision, Case>> {};
+class CpuModel : public ::testing::TestWithParam<std::tuple<Precision, PrecisionCase>> {};
 
 // Rounding: the residual stream, every branch and every gradient on the way back are rounded to the compute
 // type, about 15 times a block and pass, independently; unit roundoff is 2^-24 in fp32 and 2^-9 in bf16. That
@@ -37,7 +37,8 @@ TEST_P(CpuModel, AgreesWithDouble) {
   const double bound = 64 * unit;
   // A token between two experts may go to either of them; such a seed compares nothing and is redrawn.
   for (std::uint64_t seed = 1; seed <= 20; ++seed) {
-    ModelHarness exact(kModel + c.text, F64, 2, seed), rounded(kModel + c.text, precision, 2, seed);
+    ModelHarness exact(kPrecisionModel + c.text, F64, 2, seed),
+        rounded(kPrecisionModel + c.text, precision, 2, seed);
     for (ParameterStore::Id id = 0; id < exact.parameters.size(); ++id) {
       const std::vector<double> weight = values_of(rounded.parameters.weight(id));
       std::copy(weight.begin(), weight.end(), exact.parameters.weight(id).ptr<double>());
@@ -62,13 +63,16 @@ INSTANTIATE_TEST_SUITE_P(
     ::testing::Combine(
         ::testing::Values(F32, BF16),
         ::testing::Values(
-            Case{"hybrid_moe", kMoe + "}"}, Case{"hybrid_dense", ""},
-            Case{"pre_grouped_tied", "placement: PRE kv_heads: 2 tied_head: true " + kMoe + "}"},
-            Case{"post_full_width",
-                 "placement: POST head_norm_scope: FULL_WIDTH head_norms { q: true k: true } " + kMoe + "}"},
-            Case{"hybrid_star_shared_capacity",
-                 "placement: HYBRID_STAR " + kMoe + "shared_experts: 1 capacity_factor: 2 }"},
-            Case{"sigmoid", kMoe + "router { scores: SIGMOID renormalize: true scale: 1.5 } }"})),
+            PrecisionCase{"hybrid_moe", kPrecisionMoe + "}"}, PrecisionCase{"hybrid_dense", ""},
+            PrecisionCase{"pre_grouped_tied",
+                          "placement: PRE kv_heads: 2 tied_head: true " + kPrecisionMoe + "}"},
+            PrecisionCase{"post_full_width",
+                          "placement: POST head_norm_scope: FULL_WIDTH head_norms { q: true k: true } " +
+                              kPrecisionMoe + "}"},
+            PrecisionCase{"hybrid_star_shared_capacity", "placement: HYBRID_STAR " + kPrecisionMoe +
+                                                             "shared_experts: 1 capacity_factor: 2 }"},
+            PrecisionCase{"sigmoid",
+                          kPrecisionMoe + "router { scores: SIGMOID renormalize: true scale: 1.5 } }"})),
     [](const auto& each) {
       return cat(Precision_Name(std::get<0>(each.param)), "_", std::get<1>(each.param).name);
     });

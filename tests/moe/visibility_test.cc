@@ -11,13 +11,13 @@ using testing::ModelHarness;
 
 // Longer than a tile of the attention operators.
 constexpr std::int64_t kLength = 70, kTokens = 2 * kLength;
-const char kModel[] =
+const char kVisibilityModel[] =
     "layers: 2 d_model: 16 heads: 2 kv_heads: 1 sequence_length: 70 vocabulary: 32 initialisation: NORMAL "
     "init_std: 0.3 moe { experts: 4 top_k: 2 expert_hidden: 8 }";
 
 class Visibility : public ::testing::TestWithParam<Precision> {
  protected:
-  ModelHarness model{kModel, GetParam(), 2};
+  ModelHarness model{kVisibilityModel, GetParam(), 2};
 
   std::vector<double> losses() {
     std::vector<double> wide(kTokens);

@@ -16,11 +16,11 @@ using testing::Exchanged;
 using testing::ExchangeHarness;
 using testing::ExchangeSize;
 
-struct Case {
+struct RelayCase {
   std::vector<int> hosts;  // ranks of each
   int shards = 1;
 };
-void PrintTo(const Case& c, std::ostream* out) {
+void PrintTo(const RelayCase& c, std::ostream* out) {
   for (const int ranks : c.hosts) *out << ranks << '_';
   *out << "shards_" << c.shards;
 }
@@ -43,7 +43,7 @@ Chooses at_random(int experts) {
   };
 }
 
-class Hosts : public ::testing::TestWithParam<Case> {
+class Hosts : public ::testing::TestWithParam<RelayCase> {
  protected:
   // Runs `body` on every rank, with groups in which each expert group is the world.
   void on_ranks(const std::function<void(const Groups&)>& body) const {
@@ -177,9 +177,10 @@ TEST_P(Hosts, OneMessageForEachPairOfHosts) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Several, Hosts,
-                         ::testing::Values(Case{{2, 2}}, Case{{2, 2}, 2}, Case{{3, 1}}, Case{{1, 3}, 2},
-                                           Case{{4, 4}}, Case{{4, 4}, 4}, Case{{2, 2, 2, 2}},
-                                           Case{{3, 4, 1}, 2}, Case{{1, 1, 1, 1}}),
+                         ::testing::Values(RelayCase{{2, 2}}, RelayCase{{2, 2}, 2}, RelayCase{{3, 1}},
+                                           RelayCase{{1, 3}, 2}, RelayCase{{4, 4}}, RelayCase{{4, 4}, 4},
+                                           RelayCase{{2, 2, 2, 2}}, RelayCase{{3, 4, 1}, 2},
+                                           RelayCase{{1, 1, 1, 1}}),
                          ::testing::PrintToStringParamName());
 
 }  // namespace
