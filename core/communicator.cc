@@ -1,11 +1,36 @@
 #include "core/communicator.h"
 
+#include <chrono>
 #include <cstring>
 
 namespace hybridmoe {
 
+namespace {
+
+struct WaitClock {
+  int depth = 0;
+  std::chrono::steady_clock::time_point begin;
+  std::chrono::steady_clock::duration total{0};
+};
+thread_local WaitClock wait_clock;
+
+}  // namespace
+
+double seconds_waited() { return std::chrono::duration<double>(wait_clock.total).count(); }
+
+CountedWait::CountedWait() {
+  if (wait_clock.depth++ == 0) wait_clock.begin = std::chrono::steady_clock::now();
+}
+
+CountedWait::~CountedWait() {
+  if (--wait_clock.depth == 0) wait_clock.total += std::chrono::steady_clock::now() - wait_clock.begin;
+}
+
 void Communicator::agree(const std::string& error, const char* label) {
-  const std::vector<std::string> errors = gather_strings(error, label);
+  const std::vector<std::string> errors = [&] {
+    const CountedWait counted;
+    return gather_strings(error, label);
+  }();
   std::string all;
   bool same = true;
   for (int r = 0; r < size(); ++r) {

@@ -24,6 +24,20 @@ class SharedError : public Error {
   using Error::Error;
 };
 
+// Time in which the calling thread did nothing but wait for other ranks, in Event::wait and
+// Communicator::agree: seconds since the thread began. A rank's own work is what its step took beyond that,
+// wherever in the step the waiting was.
+double seconds_waited();
+
+// Counts its lifetime as such, once where waits are nested.
+class CountedWait {
+ public:
+  CountedWait();
+  ~CountedWait();
+  CountedWait(const CountedWait&) = delete;
+  CountedWait& operator=(const CountedWait&) = delete;
+};
+
 // The completion of an asynchronous call. Copies share the state; an empty event is done.
 class Event {
  public:
@@ -37,7 +51,9 @@ class Event {
   explicit Event(std::shared_ptr<State> state) : state_(std::move(state)) {}
   bool test() const { return state_ == nullptr || state_->test(); }
   void wait() const {
-    if (state_ != nullptr) state_->wait();
+    if (state_ == nullptr) return;
+    const CountedWait counted;
+    state_->wait();
   }
 
  private:

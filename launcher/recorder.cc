@@ -27,6 +27,8 @@ int layers_of(const std::vector<GradientRow>& rows) {
   return layers;
 }
 
+constexpr std::size_t kMostMismatches = 10;  // that are reported: one cause can reach every tensor
+
 std::string format(const char* pattern, double value) {
   char text[64];
   std::snprintf(text, sizeof text, pattern, value);
@@ -109,6 +111,7 @@ Recorder::Recorder(const std::string& run_dir, Trainer& trainer, RunHeader heade
     : flops_per_step_(trainer.flops_per_step()),
       limit_(product_limit),
       width_(trainer.config().model().d_model()),
+      rows_(trainer.parameters().table()),
       elements_(trainer.meter().row_elements()),
       metrics_(rows_of(trainer)) {
   metrics_.table.define(&header);
@@ -156,6 +159,22 @@ void Recorder::step(const StepResult& result) {
   }
   if (result.measures.measured) add_measures(result, &record);
   writer_->step(std::move(record));
+  add_events(result);
+}
+
+void Recorder::add_events(const StepResult& result) {
+  if (result.skipped) {
+    const NonfiniteOrigin origin = nonfinite_origin(result, rows_);
+    event(EventRecord::SKIP, result.step, "gradient not finite: " + origin.message,
+          {{"layer", origin.layer}, {"elements", origin.elements}});
+  }
+  const std::vector<ReplicaMismatch>& mismatches = result.measures.mismatches;
+  for (std::size_t i = 0; i < std::min(mismatches.size(), kMostMismatches); ++i) {
+    event(EventRecord::HASH_MISMATCH, result.step, mismatches[i].message,
+          {{"rank", mismatches[i].rank}, {"layer", mismatches[i].layer}});
+  }
+  if (!result.measures.table_error.empty())
+    event(EventRecord::OTHER, result.step, "gradient norms are wrong: " + result.measures.table_error);
 }
 
 void Recorder::add_measures(const StepResult& result, StepRecord* record) const {

@@ -38,6 +38,8 @@ class Recorder {
   // Throws Error when the log cannot be opened.
   Recorder(const std::string& run_dir, Trainer& trainer, RunHeader header, double product_limit);
 
+  // The step's record, and events for what it says: a skipped update (SKIP), copies of parameters that differ
+  // (HASH_MISMATCH), a gradient table that is wrong (OTHER).
   void step(const StepResult& result);
   void event(EventRecord::Kind kind, std::int64_t step, const std::string& message,
              std::initializer_list<std::pair<const char*, double>> values = {});
@@ -46,8 +48,10 @@ class Recorder {
 
  private:
   void add_measures(const StepResult& result, StepRecord* record) const;
+  void add_events(const StepResult& result);
 
   double flops_per_step_, limit_, width_;
+  std::vector<GradientRow> rows_;
   std::vector<double> elements_;  // of each gradient row
   TrainingMetrics metrics_;
   std::unique_ptr<LogWriter> writer_;

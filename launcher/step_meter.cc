@@ -10,7 +10,7 @@ namespace {
 // Behind the table of updates in the sums: two numbers a layer, the following ones, then two a rank.
 enum LayerSum : int { kResidSquares, kDresidSquares, kLayerSums };
 enum SingleSum : int { kLse, kLocalSquares, kSingleSums };
-enum RankSecond : int { kStepSeconds, kCommunicationSeconds, kRankSeconds };
+enum RankSecond : int { kStepSeconds, kCommunicationSeconds, kWaitingSeconds, kRankSeconds };
 // Behind the largest gradients in the maxima: two numbers a layer, one a MoE layer, then the following ones.
 enum LayerMax : int { kResidAbsmax, kAttnLogitMax, kLayerMaxima };
 enum SingleMax : int { kLseMax, kOutputLogitMax, kSingleMaxima };
@@ -178,6 +178,7 @@ void StepMeter::start_reductions(const ModelStatistics& local, const StepSeconds
   sum += kSingleSums + groups_.world->rank() * kRankSeconds;
   sum[kStepSeconds] = seconds.total;
   sum[kCommunicationSeconds] = seconds.communication;
+  sum[kWaitingSeconds] = seconds.waiting;
 
   double* most = maxima_.ptr<double>() + rows();
   for (int layer = 0; layer < layers_; ++layer, most += kLayerMaxima) {
@@ -220,8 +221,8 @@ StepMeasures StepMeter::finish(const Tensor& table, double targets, std::int64_t
   const int ranks = groups_.world->size();
   m.step_seconds = spread(ranks, [&](int rank) { return of_rank(rank, kStepSeconds); });
   m.communication_seconds = spread(ranks, [&](int rank) { return of_rank(rank, kCommunicationSeconds); });
-  m.compute_seconds = spread(
-      ranks, [&](int rank) { return of_rank(rank, kStepSeconds) - of_rank(rank, kCommunicationSeconds); });
+  m.compute_seconds =
+      spread(ranks, [&](int rank) { return of_rank(rank, kStepSeconds) - of_rank(rank, kWaitingSeconds); });
   if (due(config_.expert_every()) && moe_layers_ > 0) {
     experts_summed_.wait();
     for (std::int64_t i = 0; i < expert_table_.rows(); ++i) {

@@ -121,6 +121,7 @@ StepResult Trainer::step(bool stop) {
   result.samples_end = result.samples_begin + config_.batch().sequences();
   result.tokens = tokens_per_step();
   step_begin_ = std::chrono::steady_clock::now();
+  waited_before_ = seconds_waited();
   meter_.begin(result.step);
   groups_.mark_step(result.step);
   groups_.mark_phase("data");
@@ -264,6 +265,7 @@ void Trainer::update(StepResult* result) {
   // The sums first: they are small, and waited for at once.
   result->seconds.total =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - step_begin_).count();
+  result->seconds.waiting = seconds_waited() - waited_before_;
   meter_.start_reductions(result->model, result->seconds);
   sync_.gather_weights();
   result->measures = meter_.finish(gradient_table(), result->model.targets, result->tokens);

@@ -111,6 +111,7 @@ class Trainer {
   GradientSync sync_;
   StepMeter meter_;
   std::chrono::steady_clock::time_point step_begin_;
+  double waited_before_ = 0;  // the step
   Progress progress_;
   std::int64_t length_, local_sequences_, micro_batches_;
   double weight_seconds_ = 0;  // spent waiting for weights

@@ -96,7 +96,7 @@ class Worker {
   void save();
   void evaluate();
   void report_loads(const StepResult& result);
-  void report_checks(const StepMeasures& measures);
+  void report_faults(const StepResult& result);
   int finish();
   void event(EventRecord::Kind kind, const std::string& message,
              std::initializer_list<std::pair<const char*, double>> values = {});
@@ -408,32 +408,25 @@ void Worker::report_loads(const StepResult& result) {
             << "; memory grows (parallel.expected_load, parallel.load_limit)";
 }
 
-// Copies that differ, and a gradient table that is wrong: memory or program cannot be trusted.
-void Worker::report_checks(const StepMeasures& measures) {
+// What a step found wrong, said by rank 0; the recorder has it too.
+void Worker::report_faults(const StepResult& result) {
+  if (!first()) return;
+  if (result.skipped)
+    LOG(WARNING) << "step " << result.step << ": a gradient was not finite, the update is skipped: "
+                 << nonfinite_origin(result, trainer_->parameters().table()).message;
   constexpr std::size_t kMost = 10;  // one cause can reach every tensor
-  const std::size_t shown = std::min(measures.mismatches.size(), kMost);
-  for (std::size_t i = 0; i < shown; ++i) {
-    const ReplicaMismatch& found = measures.mismatches[i];
-    LOG_IF(ERROR, first()) << "replicas differ: " << found.message;
-    event(EventRecord::HASH_MISMATCH, found.message, {{"rank", found.rank}, {"layer", found.layer}});
+  const StepMeasures& measures = result.measures;
+  for (std::size_t i = 0; i < std::min(measures.mismatches.size(), kMost); ++i) {
+    LOG(ERROR) << "replicas differ: " << measures.mismatches[i].message;
   }
-  if (measures.table_error.empty()) return;
-  LOG_IF(ERROR, first()) << "gradient norms are wrong: " << measures.table_error;
-  event(EventRecord::OTHER, "gradient norms are wrong: " + measures.table_error);
+  if (!measures.table_error.empty()) LOG(ERROR) << "gradient norms are wrong: " << measures.table_error;
 }
 
 // Returns whether training goes on.
 bool Worker::after_step(const StepResult& result) {
   progress_->add(result);
   if (recorder_) recorder_->step(result);
-  if (result.skipped) {
-    const NonfiniteOrigin origin = nonfinite_origin(result, trainer_->parameters().table());
-    LOG_IF(WARNING, first()) << "step " << result.step
-                             << ": a gradient was not finite, the update is skipped: " << origin.message;
-    event(EventRecord::SKIP, "gradient not finite: " + origin.message,
-          {{"layer", origin.layer}, {"elements", origin.elements}});
-  }
-  report_checks(result.measures);
+  report_faults(result);
   report_loads(result);
   if (first_loss_ == 0) first_loss_ = result.cross_entropy;
   last_loss_ = result.cross_entropy;

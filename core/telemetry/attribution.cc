@@ -98,6 +98,11 @@ Attribution Investigation::run() {
   const Incident::Kind kind = result_.incident.kind;
   const bool trained_badly = kind == Incident::Kind::NonFinite || kind == Incident::Kind::Spike;
   note_scalars();
+  // A slow rank changes no number, so that nothing else explains it.
+  if (kind == Incident::Kind::Straggler && straggler()) {
+    finish();
+    return result_;
+  }
   bool found = nonfinite() || weight_change() || replica();
   if (!found && trained_badly) found = learning_rate() || layer_signals();
   if (!found || kind == Incident::Kind::Spike) {
@@ -113,7 +118,7 @@ Attribution Investigation::run() {
     }
     found = found || router;
   }
-  if (!found && (kind == Incident::Kind::Straggler || kind == Incident::Kind::Asked)) found = straggler();
+  if (!found && kind == Incident::Kind::Asked) found = straggler();
   if (!found && trained_badly) {
     blame(Cause::Unknown, result_.incident.first_step);
     claim_ = cat(result_.incident.metric, " spiked to ", short_text(result_.incident.peak), ", ",

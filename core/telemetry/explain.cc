@@ -8,12 +8,12 @@ namespace {
 
 constexpr std::int64_t kCollapsedSteps = 32;  // in a row that make an incident
 
-// The first router at fault: incident.first_step is the step at which the fault can be told.
+// The first router at fault up to a step: incident.first_step is the step at which the fault can be told.
 bool find_router_incident(const std::string& directory, ReadMode mode, const RunHeader& header,
-                          Incident* incident) {
+                          std::int64_t last_step, Incident* incident) {
   RouterWatch watch(header);
   bool found = false;
-  visit_steps(directory, mode, {}, [&](const RunHeader& own, const StepRecord& step) {
+  visit_steps(directory, mode, {{0, last_step}}, [&](const RunHeader& own, const StepRecord& step) {
     if (found || watch.layers().empty()) return;
     watch.add(own, step);
     for (const RouterWatch::Layer& layer : watch.layers()) {
@@ -45,8 +45,12 @@ Explanation explain(const std::string& directory, ReadMode mode, std::int64_t st
   result.olmo2_score = published_score(kOlmo2Score, scalars.column("grad_norm"));
   result.olmo_core_score = published_score(kOlmoCoreScore, scalars.column("grad_norm"));
   Incident incident = choose_incident(result.incidents, scalars, step);
-  const bool weak = incident.kind == Incident::Kind::Asked || incident.kind == Incident::Kind::Straggler;
-  if (step == 0 && weak) find_router_incident(directory, mode, log.newest_header(), &incident);
+  // A router at fault is no matter of one step: what came before a spike may be what led to it.
+  if (step == 0 && incident.kind != Incident::Kind::NonFinite && incident.kind != Incident::Kind::Replica) {
+    const bool weak = incident.kind == Incident::Kind::Asked || incident.kind == Incident::Kind::Straggler;
+    find_router_incident(directory, mode, log.newest_header(),
+                         weak ? result.last_step : incident.first_step - 1, &incident);
+  }
   const RunWindow window = read_window(directory, mode, {attribution_steps(incident)}, attribution_metrics());
   result.attribution = attribute(incident, scalars, window, log.events());
   return result;

@@ -16,8 +16,8 @@ struct Explanation {
   double olmo2_score = 0, olmo_core_score = 0;  // of the gradient norm, in [0, 1]
 };
 
-// `step` 0: the first incident of the run; where the scalars show none, its routers are looked at, which
-// reads the whole log. Throws Error when the log cannot be read or does not have the step.
+// `step` 0: the first incident of the run. Before a spike, and where nothing but slow ranks shows, the log is
+// read for routers at fault. Throws Error when the log cannot be read or does not have the step.
 Explanation explain(const std::string& directory, ReadMode mode, std::int64_t step);
 
 }  // namespace hybridmoe

@@ -10,6 +10,7 @@
 #include <set>
 
 #include "core/error.h"
+#include "core/telemetry/attribution.h"
 #include "core/telemetry/incidents.h"
 #include "core/telemetry/router_state.h"
 
@@ -29,6 +30,8 @@ double median_of(std::vector<double> values) {
   }
   return median.median();
 }
+
+constexpr int kExplained = 8;  // incidents: more of them in one window have one cause
 
 std::string number_text(double value) {
   char text[40];
@@ -102,6 +105,7 @@ class Examination {
     return {scalars_.steps.begin() + static_cast<std::ptrdiff_t>(begin_), scalars_.steps.end()};
   }
 
+  Attribution explained(const Incident& incident);
   void incidents();
   void attention_logits();
   void adam();
@@ -117,38 +121,66 @@ class Examination {
   const RunWindow& window_;
   const HealthRules& rules_;
   std::size_t begin_ = 0;  // first step of the window
+  int explained_ = 0;      // incidents
   HealthReport report_;
 };
 
+// What `why` says of an incident, as far as the window reaches.
+Attribution Examination::explained(const Incident& incident) {
+  if (incident.first_step < report_.first_step || explained_ == kExplained) return {};
+  ++explained_;
+  return attribute(incident, scalars_, window_, log_.events());
+}
+
 void Examination::incidents() {
-  for (const Incident& incident : find_incidents(scalars_)) {
+  const auto report = [&](const Incident& incident, Severity severity, const char* rule, double limit,
+                          const std::string& place, const std::string& message,
+                          const std::string& remark = "") {
+    const Attribution why = explained(incident);
+    const bool known = why.cause != Attribution::Cause::None && why.cause != Attribution::Cause::Unknown;
+    std::string where = why.layer_label;
+    if (!why.kind.empty()) where += (where.empty() ? "" : ".") + why.kind;
+    if (where.empty() && why.rank >= 0) where = cat("rank ", why.rank);
+    find(severity, rule, where.empty() ? place : where, known ? why.step : incident.first_step, incident.peak,
+         limit, known ? why.sentence + remark : message + remark);
+  };
+  const std::vector<Incident> incidents = find_incidents(scalars_);
+  const Incident* slowest = nullptr;
+  int slow_times = 0;
+  for (const Incident& incident : incidents) {
     if (incident.last_step < report_.first_step) continue;
-    const std::int64_t step = incident.first_step;
     switch (incident.kind) {
       case Incident::Kind::NonFinite:
         if (rules_.nonfinite())
-          find(Severity::Fail, "nonfinite", "", step, incident.peak, 0,
-               "loss or gradient not finite; hybridmoe-log why names the layer");
+          report(incident, Severity::Fail, "nonfinite", 0, "",
+                 "loss or gradient not finite; hybridmoe-log why names the layer");
         break;
       case Incident::Kind::Spike:
         if (rules_.spikes())
-          find(Severity::Warn, "spikes", incident.metric, step, incident.peak, incident.baseline,
-               cat(incident.metric, " spiked to ", number_text(incident.peak), ", usual ",
-                   number_text(incident.baseline)));
+          report(incident, Severity::Warn, "spikes", incident.baseline, incident.metric,
+                 cat(incident.metric, " spiked to ", number_text(incident.peak), ", usual ",
+                     number_text(incident.baseline)));
         break;
       case Incident::Kind::Replica:
         if (rules_.replica_mismatch())
-          find(Severity::Fail, "replica_mismatch", "", step, incident.peak, 0,
-               "copies of the parameters differ between ranks: go back to a checkpoint before it");
+          report(incident, Severity::Fail, "replica_mismatch", 0, "",
+                 "copies of the parameters differ between ranks: go back to a checkpoint before it");
         break;
       case Incident::Kind::Straggler:
-        if (rules_.straggler_ratio() > 0 && incident.peak >= rules_.straggler_ratio())
-          find(Severity::Warn, "straggler_ratio", "", step, incident.peak, rules_.straggler_ratio(),
-               cat("the slowest rank takes ", number_text(incident.peak), " times as long as the fastest"));
+        ++slow_times;
+        if (slowest == nullptr || incident.peak > slowest->peak) slowest = &incident;
         break;
       default:
         break;
     }
+  }
+  // Waits of a few steps are common on busy machines: one finding for all.
+  if (slowest != nullptr && rules_.straggler_ratio() > 0 && slowest->peak >= rules_.straggler_ratio()) {
+    const std::string times =
+        slow_times > 1 ? cat(" (this and ", slow_times - 1, " shorter waits)") : std::string();
+    report(*slowest, Severity::Warn, "straggler_ratio", rules_.straggler_ratio(), "",
+           cat("the slowest rank takes ", number_text(slowest->peak), " times as long as the fastest"),
+           times);
   }
   if (scalars_.column("replica_mismatches").empty()) report_.not_judged.push_back("replica_mismatch");
   if (scalars_.column(straggler_metric(scalars_) + "_max").empty())
@@ -300,8 +332,8 @@ void Examination::experts() {
     }
     if (below[i] >= kCollapsed)
       find(
-          Severity::Warn, "load_entropy", layer.label, watch.newest_step(), layer.state.entropy_share,
-          rules_.load_entropy(),
+          Severity::Warn, "load_entropy", layer.label, steps[steps.size() - below[i]],
+          layer.state.entropy_share, rules_.load_entropy(),
           cat("the router has collapsed: load entropy ", number_text(layer.state.entropy_share), " of ln E"));
     const double rise = steps.size() < kLeastPoints ? 0
                                                     : theil_sen_slope(steps, violation[i]) *
@@ -349,7 +381,9 @@ HealthRules read_health_rules(const std::string& path) {
 }
 
 std::vector<std::string> health_metrics() {
-  return {"attn_logit_max", "adam_rms", "update_norm", "param_norm", "expert_load"};
+  std::vector<std::string> metrics = attribution_metrics();
+  metrics.emplace_back("attn_logit_max");
+  return metrics;
 }
 
 HealthReport check_health(const RunLog& log, const RunWindow& window, const HealthRules& rules) {

@@ -195,8 +195,10 @@ Incident choose_incident(const std::vector<Incident>& incidents, const ScalarSer
   std::int64_t nearest = kSameIncident + 1;
   for (const Incident& incident : incidents) {
     if (step == 0) {
+      // Short waits are common: of those the longest, and anything else before them.
+      const bool slow = incident.kind == Incident::Kind::Straggler;
       if (chosen == nullptr ||
-          (chosen->kind == Incident::Kind::Straggler && incident.kind != Incident::Kind::Straggler))
+          (chosen->kind == Incident::Kind::Straggler && (!slow || incident.peak > chosen->peak)))
         chosen = &incident;
       continue;
     }

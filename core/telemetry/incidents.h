@@ -56,8 +56,8 @@ std::string straggler_metric(const ScalarSeries& series);
 // apart are one incident.
 std::vector<Incident> find_incidents(const ScalarSeries& series);
 // The one that a question about a step means: that which contains it, else the nearest within 32 steps; else
-// one of kind Asked. Step 0: the first incident that is no straggler, else the first, else Asked at the last
-// step.
+// one of kind Asked. Step 0: the first incident that is no straggler, else the slowest straggler, else Asked
+// at the last step.
 Incident choose_incident(const std::vector<Incident>& incidents, const ScalarSeries& series,
                          std::int64_t step);
 

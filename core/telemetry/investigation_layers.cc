@@ -201,11 +201,11 @@ bool Investigation::routers() {
   const bool was_even = !(entropy[worst_index].median() < kLeastLoadEntropy);
   const bool asked =
       result_.incident.kind == Incident::Kind::Router || result_.incident.kind == Incident::Kind::Asked;
-  // Where the others share the load evenly, dead experts are the fault, not the router's choice among the
-  // rest.
+  // Where the others, most of them, share the load evenly, dead experts are the fault, not the router's
+  // choice among the rest.
   const double living = static_cast<double>(watch.experts() - worst->state.idle);
   const bool dead_ones =
-      !worst->dead(watch.newest_step(), kIdleSteps).empty() && living >= 2 &&
+      !worst->dead(watch.newest_step(), kIdleSteps).empty() && 2 * living > watch.experts() &&
       worst->state.entropy_share * std::log(watch.experts()) >= kLeastLoadEntropy * std::log(living);
   if (worst->collapsed_since > 0 && !dead_ones && (asked || was_even)) {
     found = true;

@@ -1,6 +1,7 @@
 // Evidence that needs no comparison between layers: what is not finite, not explained or not equal.
 #include <algorithm>
 #include <cmath>
+#include <map>
 
 #include "core/error.h"
 #include "core/telemetry/investigation.h"
@@ -208,21 +209,28 @@ bool Investigation::straggler() {
     result_.missing.push_back("compute_seconds_min/max");
     return false;
   }
-  const std::size_t at = scalars_.index(result_.incident.first_step);
-  const std::size_t begin = at >= kStragglerSteps / 2 ? at - kStragglerSteps / 2 : 0;
-  const std::size_t end = std::min(largest.size(), begin + kStragglerSteps);
-  RollingMedian ratio(kStragglerSteps), ranks(kStragglerSteps), slowest(kStragglerSteps);
+  // All of a short incident; of a step that somebody asked for, its neighbourhood.
+  const Incident& incident = result_.incident;
+  const bool asked = incident.first_step == incident.last_step;
+  const std::int64_t margin = asked ? kStragglerSteps / 2 : 0;
+  const std::size_t begin = scalars_.index(incident.first_step - margin);
+  const std::size_t end = std::min({largest.size(), scalars_.index(incident.last_step + margin + 1),
+                                    begin + std::size_t{4} * kStragglerSteps});
+  RollingMedian ratio(4 * kStragglerSteps), slowest(4 * kStragglerSteps);
+  std::map<int, int> slow_steps;  // by rank
   for (std::size_t i = begin; i < end; ++i) {
     if (!(least[i] > 0) || !std::isfinite(largest[i])) continue;
     ratio.add(largest[i] / least[i]);
     slowest.add(largest[i]);
-    if (i < rank.size() && std::isfinite(rank[i])) ranks.add(rank[i]);
+    if (i < rank.size() && std::isfinite(rank[i])) ++slow_steps[static_cast<int>(rank[i])];
   }
+  const auto most = std::max_element(slow_steps.begin(), slow_steps.end(),
+                                     [](const auto& a, const auto& b) { return a.second < b.second; });
   if (ratio.size() == 0) return false;
-  note("slowest / fastest rank", ranks.size() > 0 ? cat("rank ", ranks.median()) : "",
+  note("slowest / fastest rank", most != slow_steps.end() ? cat("rank ", most->first) : "",
        result_.incident.first_step, ratio.median(), 1);
   if (ratio.median() < kStragglerRatio || ratio.size() < kStragglerSteps / 2) return false;
-  if (ranks.size() > 0) result_.rank = static_cast<int>(ranks.median());
+  if (most != slow_steps.end()) result_.rank = most->first;
   claim_ = cat(result_.rank >= 0 ? cat("rank ", result_.rank) : std::string("one rank"), " takes ",
                short_text(ratio.median()), " times as long as the fastest (", short_text(slowest.median()),
                " s a step)");

@@ -206,7 +206,9 @@ void TrainingMetrics::add_measures(int gradient, int layer, int moe_layer, int e
       "telemetry.check_every steps; NaN elsewhere");
   step_spread = add_spread("step_seconds", "wall time of a step up to the exchange of these numbers");
   communication_spread = add_spread("communication_seconds", "waiting for collectives up to there");
-  compute_spread = add_spread("compute_seconds", "the difference of the two: a slow rank has the most of it");
+  compute_spread = add_spread(
+      "compute_seconds",
+      "step_seconds without waiting for other ranks, anywhere in the step: a slow rank has the most of it");
 }
 
 TrainingMetrics::RankSpread TrainingMetrics::add_spread(const std::string& name,

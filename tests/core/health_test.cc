@@ -108,9 +108,11 @@ TEST_F(HealthTest, Precursors) {
             })),
             Names{"warn clip_rate "});
   EXPECT_EQ(names(checked([&](StepRecord* r) {
-              if (r->step() > 300) set_metric(r, run_.seconds_max, 0.5);
+              if (r->step() <= 300) return;
+              set_metric(r, run_.seconds_max, 0.5);
+              set_metric(r, run_.seconds_max_rank, 2);
             })),
-            Names{"warn straggler_ratio "});
+            Names{"warn straggler_ratio rank 2"});
 }
 
 TEST_F(HealthTest, Routers) {

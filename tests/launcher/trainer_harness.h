@@ -105,7 +105,8 @@ class TrainerHarness {
 
   Trainer& operator*() { return *trainer_; }
   Trainer* operator->() { return trainer_.get(); }
-  const Config& config() const { return config_; }
+  // What changes in it between steps is what the trainer goes by from then on.
+  Config& config() { return config_; }
   const Dataset& data() const { return *data_; }
   Communicator& world() { return *groups_.world; }
   Backend& backend() { return *backend_; }
