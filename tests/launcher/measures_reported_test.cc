@@ -144,7 +144,7 @@ TEST_F(Measures, TheSlowRankIsNamed) {
         EXPECT_LE(m.compute_seconds.min, m.compute_seconds.mean);
         EXPECT_LT(m.compute_seconds.mean, m.compute_seconds.max);
         EXPECT_GE(m.step_seconds.min, m.communication_seconds.min);
-        EXPECT_NEAR(m.compute_seconds.mean, m.step_seconds.mean - m.communication_seconds.mean, 1e-9);
+        EXPECT_LT(m.compute_seconds.mean, m.step_seconds.mean) << "two ranks of three wait";
       },
       [](int rank) {
         testing::Substitutes substitutes;
