@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <glog/logging.h>
 
 #include "core/telemetry/log_files.h"
 
@@ -175,6 +176,12 @@ void Recorder::add_events(const StepResult& result) {
   }
   if (!result.measures.table_error.empty())
     event(EventRecord::OTHER, result.step, "gradient norms are wrong: " + result.measures.table_error);
+  const RankSpread& compute = result.measures.compute_seconds;
+  for (EventRecord& alarm : alarms_.add(
+           {result.step, result.loss, result.grad_norm, compute.min, compute.max, compute.max_rank})) {
+    LOG(WARNING) << "step " << result.step << ": " << alarm.message();
+    writer_->event(std::move(alarm));
+  }
 }
 
 void Recorder::add_measures(const StepResult& result, StepRecord* record) const {

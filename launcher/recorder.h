@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "core/telemetry/live_alarms.h"
 #include "core/telemetry/log_writer.h"
 #include "core/telemetry/metrics.h"
 #include "launcher/trainer.h"
@@ -39,7 +40,8 @@ class Recorder {
   Recorder(const std::string& run_dir, Trainer& trainer, RunHeader header, double product_limit);
 
   // The step's record, and events for what it says: a skipped update (SKIP), copies of parameters that differ
-  // (HASH_MISMATCH), a gradient table that is wrong (OTHER).
+  // (HASH_MISMATCH), a gradient table that is wrong (OTHER), a spike or a slow rank (SPIKE, STRAGGLER; these
+  // are also logged as warnings).
   void step(const StepResult& result);
   void event(EventRecord::Kind kind, std::int64_t step, const std::string& message,
              std::initializer_list<std::pair<const char*, double>> values = {});
@@ -54,6 +56,7 @@ class Recorder {
   std::vector<GradientRow> rows_;
   std::vector<double> elements_;  // of each gradient row
   TrainingMetrics metrics_;
+  LiveAlarms alarms_;
   std::unique_ptr<LogWriter> writer_;
 };
 

@@ -203,6 +203,15 @@ Verdict judge(const Trial& trial, const std::string& log) {
     verdict.check = verdict.check || (finding.rule == expected.rule && finding.where.rfind(place, 0) == 0 &&
                                       near(finding.step, trial.step, expected.before, expected.after));
   }
+  if (trial.kind == FaultKind::LearningRate) {  // and the run itself said it
+    LogReadOptions options;
+    options.scalars_only = true;
+    bool said = false;
+    for (const RunLog::TimedEvent& event : RunLog(log, options).events()) {
+      said = said || (event.event.kind() == EventRecord::SPIKE && near(event.event.step(), trial.step, 0, 8));
+    }
+    verdict.check = verdict.check && said;
+  }
   return verdict;
 }
 

@@ -1,0 +1,40 @@
+// What a run says while it goes on: spikes of the gradient norm and the loss, and slow ranks, as events for
+// its log. By the same rules as hybridmoe-log judges the finished log (core/telemetry/incidents.h).
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "core/telemetry/incidents.h"
+#include "core/telemetry/spike_detector.h"
+#include "proto/telemetry.pb.h"
+
+namespace hybridmoe {
+
+class LiveAlarms {
+ public:
+  struct Step {
+    std::int64_t step = 0;
+    double loss = 0, grad_norm = 0;  // not finite: somebody else's alarm
+    // Seconds of the ranks' own work; 0: not measured.
+    double fastest_seconds = 0, slowest_seconds = 0;
+    int slowest_rank = 0;
+  };
+
+  // Events that begin at this step: SPIKE (values `value`, `usual`, `score`), STRAGGLER (value `ratio`;
+  // rank). Steps come in ascending order. A slow rank is named again after 256 steps at the earliest, another
+  // one at once.
+  std::vector<EventRecord> add(const Step& step);
+
+ private:
+  static constexpr std::int64_t kSilence = 256;  // steps between two alarms about one rank
+
+  SpikeDetector norm_{SpikeDetector::Kind::Norm}, loss_{SpikeDetector::Kind::Loss};
+  RollingMedian ratios_{kStragglerSteps};
+  bool slow_ = false;
+  int slow_rank_ = -1;
+  std::int64_t slow_step_ = std::numeric_limits<std::int64_t>::min() / 2;
+};
+
+}  // namespace hybridmoe

@@ -1,0 +1,56 @@
+#include "core/telemetry/live_alarms.h"
+
+#include <cmath>
+#include <gtest/gtest.h>
+
+namespace hybridmoe {
+namespace {
+
+LiveAlarms::Step calm_step(std::int64_t step) {
+  const double noise = 1 + 0.01 * static_cast<double>(step * 7 % 11);
+  return {step, 3 + 0.01 * noise, noise, 0.1, 0.1 * noise, static_cast<int>(step % 4)};
+}
+
+TEST(LiveAlarms, ASpikeIsSaidOnceWhenItBegins) {
+  LiveAlarms alarms;
+  std::vector<EventRecord> events;
+  for (std::int64_t step = 1; step <= 400; ++step) {
+    LiveAlarms::Step it = calm_step(step);
+    if (step == 50) it.grad_norm = 100;  // too early to tell
+    if (step == 200) it.grad_norm = NAN;
+    if (step >= 300 && step < 305) it.grad_norm = 8;
+    if (step == 302) it.loss = 4;
+    for (const EventRecord& event : alarms.add(it)) events.push_back(event);
+  }
+  ASSERT_EQ(events.size(), 2u);
+  EXPECT_EQ(events[0].kind(), EventRecord::SPIKE);
+  EXPECT_EQ(events[0].step(), 300);
+  EXPECT_EQ(events[0].message().rfind("grad_norm spiked to 8, usual 1.0", 0), 0u) << events[0].message();
+  EXPECT_EQ(events[0].value(0).value(), 8);
+  EXPECT_EQ(events[1].step(), 302);
+  EXPECT_EQ(events[1].message().rfind("loss spiked to 4", 0), 0u) << events[1].message();
+}
+
+TEST(LiveAlarms, ASlowRankIsNamedAndNotAgainAtOnce) {
+  LiveAlarms alarms;
+  std::vector<std::pair<std::int64_t, int>> named;
+  for (std::int64_t step = 1; step <= 700; ++step) {
+    LiveAlarms::Step it = calm_step(step);
+    const bool slow = step > 100 && step % 50 < 25, other = step > 500;
+    if (slow) {
+      it.slowest_seconds = 0.2;
+      it.slowest_rank = other ? 1 : 3;
+    }
+    for (const EventRecord& event : alarms.add(it)) {
+      EXPECT_EQ(event.kind(), EventRecord::STRAGGLER);
+      EXPECT_NE(event.message().find("2 times as long"), std::string::npos) << event.message();
+      named.emplace_back(event.step(), event.rank(0));
+    }
+  }
+  // Five slow steps of nine: 101 to 105 (100 is not), then silence for 256, then another rank.
+  using Named = std::vector<std::pair<std::int64_t, int>>;
+  EXPECT_EQ(named, (Named{{105, 3}, {404, 3}, {504, 1}}));
+}
+
+}  // namespace
+}  // namespace hybridmoe
