@@ -46,7 +46,7 @@ class Recorder {
   void event(EventRecord::Kind kind, std::int64_t step, const std::string& message,
              std::initializer_list<std::pair<const char*, double>> values = {});
   CloseReport close() { return writer_->close(); }
-  const std::string& run_id() const { return writer_->header().run_id(); }
+  const RunHeader& header() const { return writer_->header(); }
 
  private:
   void add_measures(const StepResult& result, StepRecord* record) const;

@@ -89,7 +89,7 @@ void Trainer::load_samples(std::int64_t first) {
   const std::int64_t per_micro_batch = config_.batch().micro_batch_sequences();
   for (std::int64_t m = 0; m < micro_batches_; ++m) {
     for (std::int64_t s = 0; s < local_sequences_; ++s) {
-      const std::int64_t sample = first + m * per_micro_batch + groups_.data->rank() * local_sequences_ + s;
+      const std::int64_t sample = own_samples(first) + m * per_micro_batch + s;
       const std::int64_t at = (m * local_sequences_ + s) * length_;
       try {
         data_.training_sample(sample, tokens_.ptr<std::int32_t>() + at, targets_.ptr<std::int32_t>() + at,
@@ -154,6 +154,7 @@ void Trainer::run_micro_batches(StepResult* result) {
   // The mean runs over the unmasked targets of the whole step.
   std::int64_t targets = 0;
   for (std::int64_t i = 0; i < targets_.elements(); ++i) targets += targets_.ptr<std::int32_t>()[i] >= 0;
+  result->own.targets = static_cast<double>(targets);
   groups_.data->all_reduce(Tensor(&targets, DType::I64, {1}), ReduceOp::Sum, "target count").wait();
   LossScale scale;
   scale.cross_entropy = targets > 0 ? 1 / static_cast<double>(targets) : 0;
@@ -201,6 +202,7 @@ void Trainer::reduce_sums(bool stop, StepResult* result) {
   extra[kStop] = stop ? 1 : 0;
   auto& moe = result->model.moe;
   for (std::size_t i = 0; i < moe.size(); ++i) extra[kStepSums + i] = static_cast<double>(moe[i].dropped);
+  keep_own_sums(result);
   result->seconds.optimizer += watch.lap();
   groups_.world->all_reduce(sums_, ReduceOp::Sum, "step sums").wait();
   result->seconds.communication += watch.lap();
@@ -217,6 +219,20 @@ void Trainer::reduce_sums(bool stop, StepResult* result) {
   for (std::int64_t row = 0; row < rows; ++row) {
     result->grad_squares.push_back(table.ptr<double>()[row * kGradColumns + kGradSquares]);
     result->nonfinite.push_back(table.ptr<double>()[row * kGradColumns + kGradNonfinite]);
+  }
+}
+
+// What the sums are on this rank before they are those of the world.
+void Trainer::keep_own_sums(StepResult* result) const {
+  OwnSums& own = result->own;
+  own.cross_entropy = result->model.cross_entropy;
+  const Tensor table = gradient_table();
+  for (std::int64_t row = 0; row < table.rows(); ++row) {
+    own.grad_squares += table.ptr<double>()[row * kGradColumns + kGradSquares];
+    own.nonfinite += table.ptr<double>()[row * kGradColumns + kGradNonfinite];
+  }
+  for (const ModelStatistics::MoeLayer& moe : result->model.moe) {
+    own.dropped += static_cast<double>(moe.dropped);
   }
 }
 

@@ -28,6 +28,15 @@ struct Progress {
   std::int64_t samples_consumed = 0;  // training sequences
 };
 
+// What this rank alone counted in a step, before any sum over ranks; nobody but telemetry reads it.
+struct OwnSums {
+  double cross_entropy = 0;  // Σ over the unmasked targets of its tensor group, nats
+  double targets = 0;        // their number
+  double grad_squares = 0;   // Σ over the gradient elements that it updates, finite ones
+  double nonfinite = 0;      // how many of these elements are NaN or infinite
+  double dropped = 0;        // choices of its tokens that found no room, over all MoE layers
+};
+
 struct StepResult {
   std::int64_t step = 0;
   double loss = 0, cross_entropy = 0, balance_loss = 0,
@@ -41,6 +50,7 @@ struct StepResult {
   std::vector<double> grad_squares;  // by row of parameters().table()
   std::vector<double> nonfinite;     // likewise, counts
   ModelStatistics model;             // router statistics and drops over the world
+  OwnSums own;                       // of this rank
   StepMeasures measures;             // over the world
 };
 
@@ -92,12 +102,20 @@ class Trainer {
   }
   double flops_per_step() const;  // matrix products of one optimizer step over the world
   std::int64_t tokens_per_step() const { return config_.batch().sequences() * length_; }
+  // The first training sample of this rank, of local_sequences() in a row, in the first micro-batch of a step
+  // that begins with sample `first`; in each further micro-batch it is batch.micro_batch_sequences further
+  // on.
+  std::int64_t own_samples(std::int64_t first) const {
+    return first + groups_.data->rank() * local_sequences_;
+  }
+  std::int64_t local_sequences() const { return local_sequences_; }  // of a micro-batch
 
  private:
   void load_samples(std::int64_t first);
   MicroBatch micro_batch(std::int64_t index) const;
   void run_micro_batches(StepResult* result);
   void reduce_sums(bool stop, StepResult* result);
+  void keep_own_sums(StepResult* result) const;
   void update(StepResult* result);
   void update_biases(const StepResult& result);
 

@@ -16,6 +16,7 @@
 #include "core/limits.h"
 #include "launcher/checkpoint.h"
 #include "launcher/exchange_choice.h"
+#include "launcher/rank_history.h"
 #include "launcher/recorder.h"
 #include "launcher/run_directory.h"
 #include "launcher/trainer.h"
@@ -77,6 +78,8 @@ class Worker {
       : options_(options), ranks_(ranks), watching_(watching), stop_requested_(stop_requested) {}
 
   int run();
+  // An error ends this rank: its history is written.
+  void failed(const std::string& error) { leave_history(EventRecord::OTHER, error); }
 
  private:
   void load();
@@ -91,6 +94,8 @@ class Worker {
   void open_log();
   void restore();
   void train();
+  StepResult step();
+  void leave_history(EventRecord::Kind kind, const std::string& why);
   void rescue(const std::string& error);
   bool after_step(const StepResult& result);
   void save();
@@ -124,7 +129,8 @@ class Worker {
   std::unique_ptr<Trainer> trainer_;
   double limit_ = 0;  // of all ranks together, operations per second
   double memory_before_plan_ = 0;
-  std::unique_ptr<Recorder> recorder_;  // on rank 0
+  std::unique_ptr<Recorder> recorder_;    // on rank 0
+  std::shared_ptr<RankHistory> history_;  // shared with the watchdog; null: not wanted
   std::optional<ProgressLine> progress_;
   std::int64_t most_slots_ = 0;  // of a layer on this rank, that were reported
   std::int64_t last_saved_ = -1, last_evaluated_ = -1;
@@ -351,9 +357,18 @@ void Worker::open_log() {
     directory_->write_config(config_);
     if (!config_.telemetry().enabled()) return;
     recorder_ = std::make_unique<Recorder>(options_.run_dir, *trainer_, header, limit_);
-    manifest_.set_run_id(recorder_->run_id());
+    manifest_.set_run_id(recorder_->header().run_id());
   });
   manifest_.set_code_version(HYBRIDMOE_VERSION);
+  history_ = open_rank_history(options_.run_dir, header, recorder_ ? &recorder_->header() : nullptr, world(),
+                               &watching_.activity);
+  if (history_ == nullptr) return;
+  watching_.watchdog.set_last_words(
+      [history = history_](const std::string& why) { history->write(EventRecord::OTHER, why); });
+}
+
+void Worker::leave_history(EventRecord::Kind kind, const std::string& why) {
+  if (history_ != nullptr && !history_->write(kind, why)) lost_something_ = true;
 }
 
 void Worker::event(EventRecord::Kind kind, const std::string& message,
@@ -410,10 +425,13 @@ void Worker::report_loads(const StepResult& result) {
 
 // What a step found wrong, said by rank 0; the recorder has it too.
 void Worker::report_faults(const StepResult& result) {
+  if (result.skipped) {
+    const std::string origin = nonfinite_origin(result, trainer_->parameters().table()).message;
+    LOG_IF(WARNING, first()) << "step " << result.step
+                             << ": a gradient was not finite, the update is skipped: " << origin;
+    leave_history(EventRecord::SKIP, "gradient not finite: " + origin);
+  }
   if (!first()) return;
-  if (result.skipped)
-    LOG(WARNING) << "step " << result.step << ": a gradient was not finite, the update is skipped: "
-                 << nonfinite_origin(result, trainer_->parameters().table()).message;
   constexpr std::size_t kMost = 10;  // one cause can reach every tensor
   const StepMeasures& measures = result.measures;
   for (std::size_t i = 0; i < std::min(measures.mismatches.size(), kMost); ++i) {
@@ -454,11 +472,22 @@ void Worker::train() {
     say(world(), cat("nothing to do: ", trainer_->progress().step, " of ", config_.steps(),
                      " steps are done; raise `steps` to go on"));
   } else {
-    while (after_step(trainer_->step(!stop_requested_().empty()))) {
+    while (after_step(step())) {
     }
   }
   if (stopped_by_.empty() && last_evaluated_ != trainer_->progress().step && data_->held_out_samples() > 0)
     evaluate();
+}
+
+StepResult Worker::step() {
+  if (history_ != nullptr) {
+    const Progress& done = trainer_->progress();
+    const std::int64_t samples = trainer_->own_samples(done.samples_consumed);
+    history_->begin(done.step + 1, samples, samples + trainer_->local_sequences());
+  }
+  StepResult result = trainer_->step(!stop_requested_().empty());
+  if (history_ != nullptr) history_->end(result);
+  return result;
 }
 
 // Training cannot go on, on any rank (a token that is none, found in the middle of the run). A step that
@@ -529,7 +558,13 @@ int Worker::run() {
 
 int run_worker(const TrainOptions& options, const MpiWorld& ranks, const Watching& watching,
                const std::function<std::string()>& stop_requested) {
-  return Worker(options, ranks, watching, stop_requested).run();
+  Worker worker(options, ranks, watching, stop_requested);
+  try {
+    return worker.run();
+  } catch (const std::exception& error) {
+    worker.failed(error.what());
+    throw;
+  }
 }
 
 }  // namespace hybridmoe

@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include "core/error.h"
+#include "core/telemetry/rank_log.h"
 
 namespace hybridmoe {
 namespace {
@@ -113,6 +114,33 @@ Json event_json(int attempt, const EventRecord& event) {
   return json;
 }
 
+Json rank_sample_json(const RankSample& sample) {
+  Json json = {{"step", sample.step()}, {"wall_time", sample.wall_time()}};
+  if (sample.has_unfinished()) json["unfinished"] = sample.unfinished();
+  for (const NamedValue& value : sample.value()) json["values"][value.name()] = value.value();
+  return json;
+}
+
+// Damage is an error as the mode says, as in the log itself.
+Json rank_log_json(const RankLog& log, ReadMode mode) {
+  for (const LogProblem& problem : log.problems) {
+    const bool bearable = mode == ReadMode::SkipCorrupt || (mode == ReadMode::TolerateTail && problem.tail);
+    require(bearable, problem.str());
+  }
+  Json json = {{"attempt", log.attempt}, {"rank", log.rank}, {"metrics", Json::array()}};
+  for (const MetricDefinition& metric : log.header.metric()) {
+    json["metrics"].push_back(
+        {{"name", metric.name()}, {"unit", metric.unit()}, {"definition", metric.definition()}});
+  }
+  json["parts"] = Json::array();
+  for (const RankLog::Part& part : log.parts) {
+    Json samples = Json::array();
+    for (const RankSample& sample : part.samples) samples.push_back(rank_sample_json(sample));
+    json["parts"].push_back({{"why", event_json(log.attempt, part.why)}, {"samples", samples}});
+  }
+  return json;
+}
+
 }  // namespace
 
 void export_csv(const std::string& directory, const LogReadOptions& read, const LogExport& what,
@@ -175,6 +203,12 @@ void export_json(const std::string& directory, const LogReadOptions& read, const
   separator = "\n";
   for (const Json& event : events) {
     out << separator << event.dump();
+    separator = ",\n";
+  }
+  out << "],\n\"rank_logs\":[";
+  separator = "\n";
+  for (const RankLog& log : read_rank_logs(directory)) {
+    out << separator << rank_log_json(log, read.mode).dump();
     separator = ",\n";
   }
   out << "]}\n";

@@ -19,8 +19,9 @@ struct LogExport {
 // named METRIC/ELEMENT. What was not recorded is left empty. The columns are those of the newest attempt.
 void export_csv(const std::string& directory, const LogReadOptions& read, const LogExport& what,
                 std::ostream& out);
-// One object: header (the newest run header), steps, events. A dense metric is an array in the order of its
-// "elements" in the header; numbers that are not finite are null.
+// One object: header (the newest run header), steps, events, rank_logs. A dense metric is an array in the
+// order of its "elements" in the header; numbers that are not finite are null. rank_logs has what ranks left
+// of their own numbers, of every attempt: a crash is usually computed again.
 void export_json(const std::string& directory, const LogReadOptions& read, const LogExport& what,
                  std::ostream& out);
 

@@ -85,9 +85,10 @@ int verify(const Options& options) {
   const LogVerification result = verify_log(find_log_directory(options.run));
   for (const LogProblem& note : result.notes) std::cout << "note: " << note.str() << '\n';
   for (const LogProblem& problem : result.problems) std::cout << "PROBLEM: " << problem.str() << '\n';
-  std::cout << result.attempts << " attempts, " << result.segments << " segments, " << result.records
-            << " records, " << result.bytes << " bytes; steps " << result.first_step << " to "
-            << result.last_step << '\n';
+  std::cout << result.attempts << " attempts, " << result.segments << " segments, ";
+  if (result.rank_logs > 0) std::cout << result.rank_logs << " files of single ranks, ";
+  std::cout << result.records << " records, " << result.bytes << " bytes; steps " << result.first_step
+            << " to " << result.last_step << '\n';
   if (result.good()) {
     std::cout << "good: checksums match, no step is missing\n";
     return 0;

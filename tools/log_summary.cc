@@ -97,6 +97,10 @@ RunSummary summarize(const RunLog& log) {
     summary.lost.set_rank_samples(summary.lost.rank_samples() + attempt.lost.rank_samples());
   }
   summary.problems = log.reader().problems();
+  summary.rank_logs = read_rank_logs(log.reader().directory());
+  for (const RankLog& rank : summary.rank_logs) {
+    summary.problems.insert(summary.problems.end(), rank.problems.begin(), rank.problems.end());
+  }
   return summary;
 }
 

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "core/telemetry/rank_log.h"
 #include "core/telemetry/run_log.h"
 
 namespace hybridmoe {
@@ -40,8 +41,9 @@ struct RunSummary {
   RouterSummary router;  // experts is 0 when there are none
   std::vector<RunLog::TimedEvent> events;
   std::vector<RunLog::Attempt> all_attempts;
-  LostRecords lost;  // of all attempts, as far as recorded
-  std::vector<LogProblem> problems;
+  LostRecords lost;                  // of all attempts, as far as recorded
+  std::vector<LogProblem> problems;  // of the log and of the ranks' files
+  std::vector<RankLog> rank_logs;    // what ranks left of their own numbers when something went wrong
 };
 
 RunSummary summarize(const RunLog& log);

@@ -45,6 +45,24 @@ Json events_json(const RunSummary& summary) {
   return events;
 }
 
+Json rank_logs_json(const RunSummary& summary) {
+  Json logs = Json::array();
+  for (const RankLog& log : summary.rank_logs) {
+    Json parts = Json::array();
+    for (const RankLog::Part& part : log.parts) {
+      parts.push_back({{"kind", EventRecord::Kind_Name(part.why.kind())},
+                       {"step", part.why.step()},
+                       {"message", part.why.message()}});
+    }
+    logs.push_back({{"attempt", log.attempt},
+                    {"rank", log.rank},
+                    {"first_step", log.first_step()},
+                    {"last_step", log.last_step()},
+                    {"parts", parts}});
+  }
+  return logs;
+}
+
 }  // namespace
 
 void print_summary_json(const RunSummary& summary, std::ostream& out) {
@@ -66,6 +84,7 @@ void print_summary_json(const RunSummary& summary, std::ostream& out) {
                {"lost", lost_json(summary.lost)},
                {"attempts", attempts_json(summary)},
                {"events", events_json(summary)},
+               {"rank_logs", rank_logs_json(summary)},
                {"scalars", Json::object()},
                {"problems", Json::array()}};
   for (const ScalarSummary& row : summary.scalars) {

@@ -6,6 +6,7 @@
 #include <map>
 
 #include "core/error.h"
+#include "parallel/watchdog/report.h"
 #include "tools/log_summary.h"
 #include "tools/log_text.h"
 
@@ -110,6 +111,34 @@ void print_events(const RunSummary& summary, std::ostream& out) {
   }
 }
 
+// "ranks 0, 2 of attempt 1 left steps 37 to 100: WHY"; ranks that left the same share a line.
+void print_rank_logs(const RunSummary& summary, std::ostream& out) {
+  std::vector<std::pair<std::string, std::vector<int>>> lines;
+  for (const RankLog& log : summary.rank_logs) {
+    std::string what = cat(" of attempt ", log.attempt, " left ");
+    if (log.last_step() == 0) {
+      what += "no step";
+    } else {
+      what += cat("steps ", log.first_step(), " to ", log.last_step());
+    }
+    if (log.parts.size() > 1) what += cat(", in ", log.parts.size(), " parts; the last");
+    if (!log.parts.empty()) {
+      const std::string& why = log.parts.back().why.message();
+      what += ": " + why.substr(0, why.find('\n'));
+    }
+    const auto same =
+        std::find_if(lines.begin(), lines.end(), [&](auto& each) { return each.first == what; });
+    if (same != lines.end()) {
+      same->second.push_back(log.rank);
+    } else {
+      lines.push_back({what, {log.rank}});
+    }
+  }
+  for (const auto& [what, ranks] : lines) {
+    line(out, "own steps", cat(ranks.size() == 1 ? "rank " : "ranks ", watchdog::rank_list(ranks), what));
+  }
+}
+
 void print_health(const RunSummary& summary, std::ostream& out) {
   out << '\n';
   const double steps = summary.steps > 0 ? static_cast<double>(summary.steps) : 1;
@@ -130,6 +159,7 @@ void print_health(const RunSummary& summary, std::ostream& out) {
              ", ", text::plural(lost.events(), "event"), ", ",
              text::plural(lost.rank_samples(), "rank sample")));
   }
+  print_rank_logs(summary, out);
   for (const LogProblem& problem : summary.problems)
     line(out, problem.tail ? "note" : "CORRUPT", problem.str());
 }

@@ -126,6 +126,7 @@ void check_periodic(const Config& config, Rules* rules) {
   rules->at_least("telemetry.expert_every", std::int64_t{telemetry.expert_every()}, 0);
   rules->at_least("telemetry.noise_every", std::int64_t{telemetry.noise_every()}, 0);
   rules->at_least("telemetry.check_every", std::int64_t{telemetry.check_every()}, 0);
+  rules->range("telemetry.rank_history", telemetry.rank_history(), 0, 1 << 16);
 }
 
 // Positions of (token, choice) pairs are 32-bit numbers in the operators.

@@ -1,6 +1,9 @@
 #include "core/telemetry/explain.h"
 
+#include <cmath>
+
 #include "core/error.h"
+#include "core/telemetry/rank_log.h"
 #include "core/telemetry/router_state.h"
 
 namespace hybridmoe {
@@ -25,6 +28,48 @@ bool find_router_incident(const std::string& directory, ReadMode mode, const Run
     }
   });
   return found;
+}
+
+// The attempt whose steps a merged log has at `step`.
+int attempt_at(const RunLog& log, std::int64_t step) {
+  int attempt = 0;
+  for (const RunLog::Attempt& each : log.attempts()) {
+    if (each.header.resume_step() <= step) attempt = each.header.attempt();
+  }
+  return attempt;
+}
+
+// The ranks whose own numbers were not finite when those of others were: a gradient that is not finite is so
+// on every rank, but where it came from stands in what the ranks left of their own numbers.
+void name_nonfinite_ranks(const RunLog& log, Attribution* result) {
+  if (result->cause != Attribution::Cause::NonFinite) return;
+  const int attempt = attempt_at(log, result->step);
+  bool others_finite = false;
+  std::vector<Evidence> found;
+  std::vector<int> ranks;
+  for (const RankLog& rank : read_rank_logs(log.reader().directory())) {
+    if (rank.attempt != attempt) continue;
+    const RankSample* sample = rank.sample_of(result->step);
+    if (sample == nullptr) continue;
+    const double output = find_value(*sample, "nonfinite_output_layer").value_or(-1);
+    const double gradient = find_value(*sample, "nonfinite_gradient_layer").value_or(-1);
+    const bool loss_finite = std::isfinite(find_value(*sample, "cross_entropy").value_or(0));
+    if (output < 0 && gradient < 0 && loss_finite) {
+      others_finite = true;
+      continue;
+    }
+    const std::string what = output >= 0 ? "own output" : loss_finite ? "own output's gradient" : "own loss";
+    const double layer = output >= 0 ? output : loss_finite ? gradient : -1;
+    found.push_back({what, cat("rank ", rank.rank, layer < 0 ? std::string() : cat(", layer ", layer)),
+                     result->step, std::nan(""), std::nan(""), std::nan("")});
+    ranks.push_back(rank.rank);
+  }
+  if (!others_finite || ranks.empty()) return;
+  result->evidence.insert(result->evidence.end(), found.begin(), found.end());
+  if (ranks.size() == 1) {
+    result->rank = ranks[0];
+    result->sentence += cat(" Of the ranks, only rank ", ranks[0], " had it in its own numbers.");
+  }
 }
 
 }  // namespace
@@ -53,6 +98,7 @@ Explanation explain(const std::string& directory, ReadMode mode, std::int64_t st
   }
   const RunWindow window = read_window(directory, mode, {attribution_steps(incident)}, attribution_metrics());
   result.attribution = attribute(incident, scalars, window, log.events());
+  name_nonfinite_ranks(log, &result.attribution);
   return result;
 }
 

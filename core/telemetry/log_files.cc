@@ -13,10 +13,27 @@ namespace {
 
 constexpr const char* kExtension = ".tfrecord";
 
-std::string segment_name(int attempt, int segment) {
+// "attempt-000-segment-000"; `part` is "segment" or "rank".
+std::string file_name(int attempt, const char* part, int number) {
   char name[64];
-  std::snprintf(name, sizeof name, "attempt-%03d-segment-%03d", attempt, segment);
+  std::snprintf(name, sizeof name, "attempt-%03d-%s-%03d", attempt, part, number);
   return name;
+}
+
+// Calls found(attempt, number, path) for each file of that kind in a directory.
+template <class Found>
+void list_files(const std::string& directory, const char* part, const Found& found) {
+  std::error_code error;
+  if (!std::filesystem::exists(directory, error)) return;
+  std::filesystem::directory_iterator entries(directory, error);
+  require(!error, directory, ": cannot list the directory: ", error.message());
+  const std::string pattern = cat("attempt-%d-", part, "-%d");
+  for (const auto& entry : entries) {
+    int attempt = 0, number = 0;
+    const std::string name = entry.path().filename();
+    if (std::sscanf(name.c_str(), pattern.c_str(), &attempt, &number) != 2) continue;
+    if (name == file_name(attempt, part, number) + kExtension) found(attempt, number, entry.path());
+  }
 }
 
 }  // namespace
@@ -40,7 +57,7 @@ std::string run_name(const std::string& directory) {
 }
 
 std::string log_segment_path(const std::string& directory, int attempt, int segment) {
-  return directory + "/" + segment_name(attempt, segment) + kExtension;
+  return directory + "/" + file_name(attempt, "segment", segment) + kExtension;
 }
 
 std::string log_index_path(const std::string& segment_path) {
@@ -49,22 +66,28 @@ std::string log_index_path(const std::string& segment_path) {
 
 std::vector<LogSegment> list_log_segments(const std::string& directory) {
   std::vector<LogSegment> segments;
-  std::error_code error;
-  if (!std::filesystem::exists(directory, error)) return segments;
-  std::filesystem::directory_iterator entries(directory, error);
-  require(!error, directory, ": cannot list the directory: ", error.message());
-  for (const auto& entry : entries) {
-    LogSegment found;
-    const std::string name = entry.path().filename();
-    if (std::sscanf(name.c_str(), "attempt-%d-segment-%d", &found.attempt, &found.segment) != 2) continue;
-    if (name != segment_name(found.attempt, found.segment) + kExtension) continue;
-    found.path = entry.path();
-    segments.push_back(found);
-  }
+  list_files(directory, "segment", [&](int attempt, int segment, const std::string& path) {
+    segments.push_back({attempt, segment, path});
+  });
   std::sort(segments.begin(), segments.end(), [](const LogSegment& a, const LogSegment& b) {
     return std::tie(a.attempt, a.segment) < std::tie(b.attempt, b.segment);
   });
   return segments;
+}
+
+std::string rank_log_path(const std::string& directory, int attempt, int rank) {
+  return directory + "/" + file_name(attempt, "rank", rank) + kExtension;
+}
+
+std::vector<RankLogFile> list_rank_logs(const std::string& directory) {
+  std::vector<RankLogFile> files;
+  list_files(directory, "rank", [&](int attempt, int rank, const std::string& path) {
+    files.push_back({attempt, rank, path});
+  });
+  std::sort(files.begin(), files.end(), [](const RankLogFile& a, const RankLogFile& b) {
+    return std::tie(a.attempt, a.rank) < std::tie(b.attempt, b.rank);
+  });
+  return files;
 }
 
 bool read_run_header(const std::string& segment_path, RunHeader* header) {

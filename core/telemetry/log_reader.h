@@ -56,6 +56,7 @@ class LogReader {
   // format.
   std::size_t poll(const std::function<void(const LogEntry&)>& visit);
 
+  const std::string& directory() const { return directory_; }
   const std::vector<LogSegment>& segments() const { return segments_; }  // found by poll
   std::int64_t bytes() const;                                            // of all segments now
   // First step of an attempt that a later attempt computed again, the largest integer when none is. Known for

@@ -6,6 +6,7 @@
 
 #include "core/error.h"
 #include "core/files/record_file.h"
+#include "core/telemetry/rank_log.h"
 
 namespace hybridmoe {
 namespace {
@@ -24,6 +25,7 @@ class Verifier {
   void verify_end(const LogSegment& segment, std::int64_t offset, const SegmentEnd& end);
   void verify_index(const LogSegment& segment);
   void verify_merged();
+  void verify_rank_logs();
 
   void problem(const LogSegment& segment, std::int64_t offset, const std::string& what) {
     result_.problems.push_back({segment.path, offset, what});
@@ -65,6 +67,7 @@ LogVerification Verifier::run() {
   }
   result_.segments = static_cast<int>(segments.size());
   verify_merged();
+  verify_rank_logs();
   return result_;
 }
 
@@ -226,6 +229,18 @@ void Verifier::verify_merged() {
           {directory_, -1, cat("steps ", previous + 1, " to ", step - 1, " are missing", known)});
     }
     previous = step;
+  }
+}
+
+void Verifier::verify_rank_logs() {
+  for (const RankLog& log : read_rank_logs(directory_)) {
+    ++result_.rank_logs;
+    result_.records += log.records;
+    result_.bytes += log.bytes;
+    for (const LogProblem& problem : log.problems) {
+      (problem.tail ? result_.notes : result_.problems).push_back(problem);
+      if (problem.tail) result_.notes.back().what += ": the rank was killed while it wrote";
+    }
   }
 }
 

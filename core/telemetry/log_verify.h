@@ -11,7 +11,7 @@ namespace hybridmoe {
 
 struct LogVerification {
   std::int64_t records = 0, bytes = 0;
-  int attempts = 0, segments = 0;
+  int attempts = 0, segments = 0, rank_logs = 0;
   std::int64_t steps = 0;  // merged
   std::int64_t first_step = 0, last_step = 0;
   std::vector<LogProblem> problems;  // corrupt, missing or contradictory; in the order of the files
@@ -20,7 +20,8 @@ struct LogVerification {
   bool good() const { return problems.empty(); }
 };
 
-// Throws Error when there is no log in the directory or a file cannot be read at all.
+// Files of single ranks (rank_log.h) included. Throws Error when there is no log in the directory or a file
+// cannot be read at all.
 LogVerification verify_log(const std::string& directory);
 
 }  // namespace hybridmoe

@@ -258,15 +258,14 @@ void Collector::allow_for_suspension() {
 void Collector::look_for_failure() {
   allow_for_suspension();
   const auto verdict = judge(job_, limits_);
-  const bool sign = std::any_of(job_.ranks.begin(), job_.ranks.end(), [](const RankInfo& rank) {
-    return rank.link == Link::Lost || rank.told > 0;
-  });
-  if (!verdict && !sign) {
+  const std::string sign = verdict ? cause_text(job_, limits_, *verdict) : first_sign(job_);
+  if (sign.empty()) {
     asked_at_ = 0;
   } else if (asked_at_ == 0) {
-    // What the ranks say now is what the report needs; after a death the survivors live for another second.
+    // What the ranks say now is what the report needs; after a death the survivors live for another second,
+    // in which they also write what they want to leave behind.
     CollectorMessage ask;
-    ask.set_ask(true);
+    ask.set_ask(sign.substr(0, sign.find('\n')));  // a line: of many ranks each may have told an error
     tell_all(ask);
     asked_at_ = job_.now;
   } else if (verdict && job_.now - asked_at_ >= kAnswerSeconds) {

@@ -128,6 +128,32 @@ std::string errors_text(const Job& job, const std::vector<int>& ranks) {
   return text;
 }
 
+// Where the job stood: ranks that wait know it better than one that was last heard of a while ago.
+std::string place_of(const Job& job, const Verdict& verdict) {
+  if (verdict.collective && !verdict.collective->waiting.empty()) {
+    return place_text(job.ranks[verdict.collective->waiting[0]].state);
+  }
+  return place_text(job.ranks[verdict.ranks.empty() ? 0 : verdict.ranks[0]].state);
+}
+
+const char* advice(Cause cause) {
+  switch (cause) {
+    case Cause::Died:
+      return "mpirun names the signal or exit status; signal 9 usually means that memory ran out";
+    case Cause::Silent:
+      return "a stopped process, a host without power or network, or a machine that is overloaded";
+    case Cause::Missing:
+      return "a slow disk, threads that block each other, or work that takes longer than "
+             "parallel.watchdog_seconds";
+    case Cause::Disorder:
+      return "all ranks must come to the same decisions; this is a mistake in the program";
+    default:
+      return "";
+  }
+}
+
+}  // namespace
+
 std::string cause_text(const Job& job, const Limits& limits, const Verdict& verdict) {
   const std::string who = verdict.ranks.empty() ? "" : with_hosts(job, verdict.ranks);
   const std::string limit = cat("; the limit is ", seconds_text(limits.wait));
@@ -164,31 +190,16 @@ std::string cause_text(const Job& job, const Limits& limits, const Verdict& verd
   return "?";
 }
 
-// Where the job stood: ranks that wait know it better than one that was last heard of a while ago.
-std::string place_of(const Job& job, const Verdict& verdict) {
-  if (verdict.collective && !verdict.collective->waiting.empty()) {
-    return place_text(job.ranks[verdict.collective->waiting[0]].state);
+std::string first_sign(const Job& job) {
+  for (int rank = 0; rank < std::ssize(job.ranks); ++rank) {
+    const RankInfo& each = job.ranks[rank];
+    if (each.link == Link::Lost) return cat("the connection to ", with_hosts(job, {rank}), " is lost");
+    if (each.told == 0) continue;
+    if (!each.error.empty()) return errors_text(job, {rank});
+    return cat("the process that started ", with_hosts(job, {rank}), " is gone");
   }
-  return place_text(job.ranks[verdict.ranks.empty() ? 0 : verdict.ranks[0]].state);
+  return {};
 }
-
-const char* advice(Cause cause) {
-  switch (cause) {
-    case Cause::Died:
-      return "mpirun names the signal or exit status; signal 9 usually means that memory ran out";
-    case Cause::Silent:
-      return "a stopped process, a host without power or network, or a machine that is overloaded";
-    case Cause::Missing:
-      return "a slow disk, threads that block each other, or work that takes longer than "
-             "parallel.watchdog_seconds";
-    case Cause::Disorder:
-      return "all ranks must come to the same decisions; this is a mistake in the program";
-    default:
-      return "";
-  }
-}
-
-}  // namespace
 
 std::string rank_list(const std::vector<int>& ranks) {
   std::string text;

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "core/error.h"
+#include "parallel/watchdog/last_words.h"
 #include "parallel/watchdog/process_info.h"
 #include "parallel/watchdog/report.h"
 
@@ -81,6 +82,7 @@ class Watchdog::Agent {
   void watch_alone();
   void start();
   void failed(const std::string& error);
+  void set_last_words(LastWords::Words words) { last_words_.set(std::move(words)); }
 
  private:
   void run();
@@ -89,7 +91,8 @@ class Watchdog::Agent {
   void wait_for_messages(double seconds);
   void answer();
   void reconnect();
-  void end_when_alone() const;
+  void end_when_alone();
+  [[noreturn]] void end() const;
   void say_goodbye();
 
   const Activity& activity_;
@@ -108,6 +111,7 @@ class Watchdog::Agent {
   std::atomic<bool> ending_{false}, error_told_{false};
   std::mutex mutex_;
   std::string error_;  // under the mutex
+  LastWords last_words_;
   std::thread thread_;
 };
 
@@ -233,8 +237,10 @@ void Watchdog::Agent::answer() {
   channel_.receive();
   CollectorMessage message;
   while (channel_.next(&message)) {
-    if (message.end()) ::_exit(kWatchdogStatus);
-    if (message.ask()) channel_.send(state_message());
+    if (message.end()) end();
+    if (!message.has_ask()) continue;
+    channel_.send(state_message());
+    last_words_.say(message.ask());
   }
   const std::lock_guard lock(mutex_);
   if (error_.empty()) return;
@@ -263,15 +269,23 @@ void Watchdog::Agent::reconnect() {
 }
 
 // With a collector it decides; it is given some time more, in case it was lost together with its host.
-void Watchdog::Agent::end_when_alone() const {
+void Watchdog::Agent::end_when_alone() {
   const bool alone = offer_.address_size() == 0;
   if (!state_.has_waiting() || lasting_ < limit_ * (alone ? 1 : 1.25) + (alone ? 0 : kReconnectSeconds))
     return;
-  std::fprintf(stderr,
-               "hybridmoe-train: rank %d has waited for %.1f s in \"%s\" (step %lld, layer %d, %s), and no "
-               "collector reports it; ending with status %d\n",
-               rank_, lasting_, state_.waiting().label().c_str(), static_cast<long long>(state_.step()),
-               state_.layer(), state_.phase().c_str(), kWatchdogStatus);
+  char text[400];
+  std::snprintf(
+      text, sizeof text,
+      "rank %d has waited for %.1f s in \"%s\" (step %lld, layer %d, %s), and no collector reports it", rank_,
+      lasting_, state_.waiting().label().c_str(), static_cast<long long>(state_.step()), state_.layer(),
+      state_.phase().c_str());
+  std::fprintf(stderr, "hybridmoe-train: %s; ending with status %d\n", text, kWatchdogStatus);
+  last_words_.say(text);
+  end();
+}
+
+void Watchdog::Agent::end() const {
+  last_words_.wait();
   ::_exit(kWatchdogStatus);
 }
 
@@ -308,6 +322,10 @@ Watchdog::~Watchdog() = default;
 
 void Watchdog::failed(const std::string& error) {
   if (agent_ != nullptr) agent_->failed(error);
+}
+
+void Watchdog::set_last_words(std::function<void(const std::string&)> last_words) {
+  if (agent_ != nullptr) agent_->set_last_words(std::move(last_words));
 }
 
 std::string Watchdog::start(Communicator& world, const WatchdogOptions& options) {

@@ -3,6 +3,7 @@
 // collector writes one report and every rank ends.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -38,6 +39,14 @@ class Watchdog {
 
   // This rank is about to end the job with this error: the report will say so.
   void failed(const std::string& error);
+
+  // What the rank leaves behind when the job ends by a failure, its own or another rank's: called with the
+  // reason in words, in a thread of its own, while the thread that trains may be stuck anywhere. It may be
+  // called several times, by one thread at a time (a sign of a failure may prove false), and not at all when
+  // the process is killed. A rank that is to end waits for it, but not for a disk that hangs: then the
+  // process ends in the middle of it. It must not throw, and owns what it uses. Before start it is without
+  // effect; a second call replaces the first.
+  void set_last_words(std::function<void(const std::string& why)> last_words);
 
  private:
   class Agent;

@@ -119,6 +119,7 @@ TEST(ConfigValidate, OneViolationForOneMistake) {
       {{"telemetry.expert_every=-1"}, "telemetry.expert_every", "nearest: 0"},
       {{"telemetry.noise_every=-1"}, "telemetry.noise_every", "nearest: 0"},
       {{"telemetry.check_every=-1"}, "telemetry.check_every", "nearest: 0"},
+      {{"telemetry.rank_history=-1"}, "telemetry.rank_history", "nearest: 0"},
       {{"emulate_bf16=true"}, "emulate_bf16", "precision to BF16"},
       {{"name=a/b"}, "name", ""},
   };

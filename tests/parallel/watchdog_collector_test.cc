@@ -3,6 +3,7 @@
 #include <chrono>
 #include <csignal>
 #include <cstdio>
+#include <future>
 #include <gtest/gtest.h>
 #include <memory>
 #include <sys/socket.h>
@@ -111,7 +112,7 @@ class FakeRank {
     return wait_until([&] { return receive() && message_.end(); }, 10);
   }
   bool asked() {
-    return wait_until([&] { return receive() && message_.ask(); }, 5);
+    return wait_until([&] { return receive() && message_.has_ask(); }, 5);
   }
 
  private:
@@ -334,6 +335,23 @@ TEST(Watchdog, AnErrorReachesTheReport) {
             std::string::npos)
       << report;
   EXPECT_NE(report.find("where: step 33, "), std::string::npos) << report;
+}
+
+// The thread that trains says nothing here: it could be stuck anywhere.
+TEST(Watchdog, TheRankLeavesItsLastWords) {
+  TemporaryDirectory folder;
+  std::promise<std::string> said;
+  const auto alone = make_local_communicator();
+  Activity activity;
+  Watchdog dog(activity);
+  ASSERT_EQ(dog.start(*alone, {.seconds = 5, .run_dir = folder.path()}), "");
+  dog.set_last_words([&](const std::string& why) { said.set_value(why); });
+  dog.failed("out of patience");
+  std::future<std::string> words = said.get_future();
+  ASSERT_EQ(words.wait_for(std::chrono::seconds(10)), std::future_status::ready);
+  const std::string why = words.get();
+  EXPECT_NE(why.find("ended the job with an error: out of patience"), std::string::npos) << why;
+  EXPECT_TRUE(wait_until([&] { return std::filesystem::exists(folder.file("failure-000.txt")); }, 10));
 }
 
 TEST(Watchdog, SwitchedOff) {

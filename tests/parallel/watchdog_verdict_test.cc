@@ -261,6 +261,19 @@ TEST(WatchdogReport, ManyRanksThatDoTheSameShareALine) {
   EXPECT_LT(text.size(), 1200);
 }
 
+TEST(WatchdogReport, TheFirstSignIsNoVerdictYet) {
+  Job job = job_of(4);
+  EXPECT_EQ(first_sign(job), "");
+  job.ranks[3].told = kNow;
+  job.ranks[3].state.set_orphaned(true);
+  EXPECT_EQ(first_sign(job), "the process that started rank 3 on h1 (process 103) is gone");
+  job.ranks[2].told = kNow;
+  job.ranks[2].error = "no memory";
+  EXPECT_EQ(first_sign(job), "rank 2 on h1 (process 102) ended the job with an error: no memory");
+  job.ranks[1].link = Link::Lost;
+  EXPECT_EQ(first_sign(job), "the connection to rank 1 on h0 (process 101) is lost");
+}
+
 TEST(WatchdogReport, ListsOfRanks) {
   EXPECT_EQ(rank_list({}), "none");
   EXPECT_EQ(rank_list({3}), "3");

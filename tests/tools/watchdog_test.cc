@@ -2,6 +2,8 @@
 // names them, a failure of mpirun within the time, and no process left.
 #include <algorithm>
 
+#include "core/telemetry/log_verify.h"
+#include "core/telemetry/rank_log.h"
 #include "parallel/watchdog/process_info.h"
 #include "parallel/watchdog/socket.h"
 #include "tests/tools/emulated_hosts.h"
@@ -96,6 +98,43 @@ class WatchdogOfJob : public testing::TrainProcessTest {
     }
   }
 
+  // What a survivor left, with `why` as the reason: whole steps in a row, and the one in progress. A rank
+  // that was stuck for a while says in which collective, and the report agrees; one that hears of a death may
+  // be anywhere, and go on for a moment until it is.
+  void expect_last_steps(int rank, const std::string& why, bool stuck) {
+    const std::vector<RankLog> logs = read_rank_logs(telemetry_directory(run_dir()));
+    const auto log = std::find_if(logs.begin(), logs.end(), [&](auto& each) { return each.rank == rank; });
+    ASSERT_NE(log, logs.end());
+    EXPECT_TRUE(log->problems.empty()) << log->problems[0].str();
+    ASSERT_GE(log->parts.size(), 1);
+    EXPECT_NE(log->parts[0].why.message().find(why), std::string::npos) << log->parts[0].why.message();
+    const auto& samples = log->parts[0].samples;
+    ASSERT_GT(samples.size(), 10);
+    EXPECT_LE(samples.size(), 65) << "64 steps and the one in progress";
+    for (std::size_t i = 0; i < samples.size(); ++i) {
+      const bool last = i + 1 == samples.size();
+      EXPECT_EQ(samples[i].step(), samples[0].step() + i);
+      if (!last || stuck) {
+        EXPECT_EQ(samples[i].has_unfinished(), last) << samples[i].step();
+      }
+    }
+    const std::int64_t step = samples.back().step();
+    const std::string all = report(), place = cat("rank ", rank, " on ");
+    const std::size_t line = all.find(place, all.find("what each rank"));
+    ASSERT_NE(line, std::string::npos) << all;
+    const auto says = [&](std::int64_t at) {
+      return all.find(cat(": step ", at, ", "), line) != std::string::npos;
+    };
+    if (stuck) {
+      EXPECT_TRUE(says(step)) << "last step " << step << "\n" << all;
+      EXPECT_NE(samples.back().unfinished().find("waiting in \""), std::string::npos)
+          << samples.back().unfinished();
+    } else {
+      EXPECT_TRUE(says(step) || says(step + 1)) << "last step " << step << "\n" << all;
+    }
+    EXPECT_TRUE(verify_log(telemetry_directory(run_dir())).good());
+  }
+
   std::vector<Known> everybody_;
 };
 
@@ -112,6 +151,9 @@ TEST_F(WatchdogOfJob, AKilledRankIsNamed) {
                  "collective: \"", "waiting in it for", ": 0\n", "did not arrive: 1\n", "rank 0 on ",
                  "its connection is gone; last heard: step "},
                 outcome.err);
+  expect_last_steps(0, cat("the connection to rank 1 on ", watchdog::host_name(), " (process ", victim, ")"),
+                    false);
+  EXPECT_EQ(list_rank_logs(telemetry_directory(run_dir())).size(), 1) << "rank 1 could write nothing";
 }
 
 TEST_F(WatchdogOfJob, AStoppedRankIsNamedAndEnded) {
@@ -126,6 +168,8 @@ TEST_F(WatchdogOfJob, AStoppedRankIsNamedAndEnded) {
   expect_report({cat("rank 0 on ", watchdog::host_name(), " (process "), "; the limit is 3.0 s\n",
                  "its process is stopped by a signal; ", "did not arrive: 0\n"},
                 outcome.err);
+  // Rank 0 may have left its own: Open MPI wakes it before it ends it.
+  expect_last_steps(1, cat("rank 0 on ", watchdog::host_name(), " (process "), true);
 }
 
 // Alive, but it never enters the collective: its disk takes a minute.
@@ -161,6 +205,7 @@ TEST_F(WatchdogOfJob, AnOrderlyEndLeavesNothing) {
   expect_success(outcome);
   EXPECT_EQ(outcome.err, "");
   EXPECT_FALSE(fs::exists(path("run/failure-000.txt")));
+  EXPECT_TRUE(list_rank_logs(telemetry_directory(run_dir())).empty());
 }
 
 // An error that all ranks report together is an orderly end, too.
@@ -183,6 +228,11 @@ TEST_F(WatchdogOfJob, WithoutItsCollectorARankWatchesItself) {
   expect_end(begin, 1.25 * kLimit + 5);
   EXPECT_EQ(outcome.status, 70) << outcome.str();
   expect_phrases(outcome, {"hybridmoe-train: rank 0 has waited for ", "no collector reports it"});
+  const std::vector<RankLog> logs = read_rank_logs(telemetry_directory(run_dir()));
+  ASSERT_EQ(logs.size(), 1);
+  EXPECT_EQ(logs[0].rank, 0);
+  ASSERT_EQ(logs[0].parts.size(), 1);
+  EXPECT_EQ(logs[0].parts[0].why.message().find("rank 0 has waited for "), 0);
 }
 
 TEST_F(WatchdogOfJob, TrainingGoesOnWhenThereIsNoCollector) {
