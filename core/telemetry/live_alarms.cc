@@ -43,7 +43,7 @@ std::vector<EventRecord> LiveAlarms::add(const Step& step) {
   add_spike(step.step, "loss", step.loss, &loss_, &events);
   if (!(step.fastest_seconds > 0)) return events;
   ratios_.add(step.slowest_seconds / step.fastest_seconds);
-  const bool slow = ratios_.size() == kStragglerSteps && ratios_.median() >= kStragglerRatio;
+  const bool slow = ratios_.size() == kSteps && ratios_.median() >= kStragglerRatio;
   const bool news = step.slowest_rank != slow_rank_ || step.step >= slow_step_ + kSilence;
   if (slow && !slow_ && news) {
     EventRecord& event = events.emplace_back();

@@ -29,9 +29,11 @@ class LiveAlarms {
 
  private:
   static constexpr std::int64_t kSilence = 256;  // steps between two alarms about one rank
+  // Whose median counts: shorter waits, which hybridmoe-log finds, are no reason to interrupt anybody.
+  static constexpr std::size_t kSteps = 65;
 
   SpikeDetector norm_{SpikeDetector::Kind::Norm}, loss_{SpikeDetector::Kind::Loss};
-  RollingMedian ratios_{kStragglerSteps};
+  RollingMedian ratios_{kSteps};
   bool slow_ = false;
   int slow_rank_ = -1;
   std::int64_t slow_step_ = std::numeric_limits<std::int64_t>::min() / 2;

@@ -34,9 +34,13 @@ TEST(LiveAlarms, ASpikeIsSaidOnceWhenItBegins) {
 TEST(LiveAlarms, ASlowRankIsNamedAndNotAgainAtOnce) {
   LiveAlarms alarms;
   std::vector<std::pair<std::int64_t, int>> named;
-  for (std::int64_t step = 1; step <= 700; ++step) {
+  for (std::int64_t step = 1; step <= 720; ++step) {
     LiveAlarms::Step it = calm_step(step);
-    const bool slow = step > 100 && step % 50 < 25, other = step > 500;
+    const auto between = [step](std::int64_t first, std::int64_t last) {
+      return step >= first && step <= last;
+    };
+    const bool short_wait = between(30, 50), other = between(601, 700);
+    const bool slow = between(101, 200) || between(301, 350) || between(421, 500) || other || short_wait;
     if (slow) {
       it.slowest_seconds = 0.2;
       it.slowest_rank = other ? 1 : 3;
@@ -47,9 +51,9 @@ TEST(LiveAlarms, ASlowRankIsNamedAndNotAgainAtOnce) {
       named.emplace_back(event.step(), event.rank(0));
     }
   }
-  // Five slow steps of nine: 101 to 105 (100 is not), then silence for 256, then another rank.
+  // After 33 slow steps of 65; not at 333, too soon after it; another rank at any time.
   using Named = std::vector<std::pair<std::int64_t, int>>;
-  EXPECT_EQ(named, (Named{{105, 3}, {404, 3}, {504, 1}}));
+  EXPECT_EQ(named, (Named{{133, 3}, {453, 3}, {633, 1}}));
 }
 
 }  // namespace
