@@ -28,8 +28,6 @@ int layers_of(const std::vector<GradientRow>& rows) {
   return layers;
 }
 
-constexpr std::size_t kMostMismatches = 10;  // that are reported: one cause can reach every tensor
-
 std::string format(const char* pattern, double value) {
   char text[64];
   std::snprintf(text, sizeof text, pattern, value);

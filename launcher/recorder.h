@@ -33,6 +33,8 @@ class ProgressLine {
   double seconds_ = 0, steps_ = 0, average_ = 0;
 };
 
+inline constexpr std::size_t kMostMismatches = 10;  // said of a step: one cause can reach every tensor
+
 // Rank 0's telemetry log of this attempt.
 class Recorder {
  public:

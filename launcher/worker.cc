@@ -432,9 +432,8 @@ void Worker::report_faults(const StepResult& result) {
     leave_history(EventRecord::SKIP, "gradient not finite: " + origin);
   }
   if (!first()) return;
-  constexpr std::size_t kMost = 10;  // one cause can reach every tensor
   const StepMeasures& measures = result.measures;
-  for (std::size_t i = 0; i < std::min(measures.mismatches.size(), kMost); ++i) {
+  for (std::size_t i = 0; i < std::min(measures.mismatches.size(), kMostMismatches); ++i) {
     LOG(ERROR) << "replicas differ: " << measures.mismatches[i].message;
   }
   if (!measures.table_error.empty()) LOG(ERROR) << "gradient norms are wrong: " << measures.table_error;

@@ -121,6 +121,7 @@ bool RecordReader::next(std::string* payload) {
     ++skipped_places_;
   }
   payload->assign(view);
+  skipped_before_record_ = at - offset_;
   record_offset_ = at;
   offset_ = at + static_cast<std::int64_t>(view.size()) + kRecordOverhead;
   return true;

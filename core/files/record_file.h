@@ -55,9 +55,11 @@ class RecordReader {
   bool next(std::string* payload);
 
   const std::string& path() const { return file_.path(); }
-  std::int64_t record_offset() const { return record_offset_; }    // of the record returned last
-  std::int64_t offset() const { return offset_; }                  // behind it
-  std::int64_t skipped_bytes() const { return skipped_bytes_; }    // between records, SkipCorrupt only
+  std::int64_t record_offset() const { return record_offset_; }  // of the record returned last
+  std::int64_t offset() const { return offset_; }                // behind it
+  std::int64_t skipped_bytes() const { return skipped_bytes_; }  // between records, SkipCorrupt only
+  // Directly before the record returned last; 0: nothing.
+  std::int64_t skipped_before_record() const { return skipped_before_record_; }
   std::int64_t skipped_places() const { return skipped_places_; }  // runs of them
   // Bytes after the last record read that are no whole record; 0 when the file ends with one.
   std::int64_t tail_bytes() const { return file_.size() - offset_; }
@@ -72,7 +74,7 @@ class RecordReader {
   File file_;
   ReadMode mode_;
   std::int64_t offset_ = 0, record_offset_ = 0;
-  std::int64_t skipped_bytes_ = 0, skipped_places_ = 0;
+  std::int64_t skipped_bytes_ = 0, skipped_places_ = 0, skipped_before_record_ = 0;
   std::string buffer_;
   std::int64_t buffer_begin_ = 0;
 };

@@ -2,18 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 
 #include "core/error.h"
 #include "core/telemetry/investigation.h"
 
 namespace hybridmoe::investigation {
-
-std::string short_text(double value) {
-  char text[40];
-  std::snprintf(text, sizeof text, "%.3g", value);
-  return text;
-}
 
 std::string times_text(double value, double usual) {
   return usual > 0 && std::isfinite(value) ? short_text(value / usual) + " times the usual"

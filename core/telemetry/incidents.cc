@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <limits>
 
 namespace hybridmoe {
@@ -111,6 +112,12 @@ void merge(const Incident& other, Incident* into) {
 }
 
 }  // namespace
+
+std::string short_text(double value, int digits) {
+  char text[40];
+  std::snprintf(text, sizeof text, "%.*g", digits, value);
+  return text;
+}
 
 const std::vector<double>& ScalarSeries::column(const std::string& name) const {
   static const std::vector<double> none;

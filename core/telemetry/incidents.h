@@ -12,6 +12,8 @@
 
 namespace hybridmoe {
 
+std::string short_text(double value, int digits = 3);  // "0.00231", "1.2e+04": for sentences
+
 // The scalar metrics of a run, a value per step; NaN: not measured.
 struct ScalarSeries {
   std::vector<std::int64_t> steps;  // ascending

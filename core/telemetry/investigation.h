@@ -22,7 +22,6 @@ inline constexpr double kSignRise = 1.25;
 
 inline const double kNan = std::numeric_limits<double>::quiet_NaN();
 
-std::string short_text(double value);                // three digits
 std::string times_text(double value, double usual);  // "9.8 times the usual"
 
 // One number per layer or tensor and step, in logarithms: what a gain, ratio or norm is judged by.

@@ -1,18 +1,11 @@
 #include "core/telemetry/live_alarms.h"
 
 #include <cmath>
-#include <cstdio>
 
 #include "core/error.h"
 
 namespace hybridmoe {
 namespace {
-
-std::string alarm_number(double value) {
-  char text[40];
-  std::snprintf(text, sizeof text, "%.3g", value);
-  return text;
-}
 
 void add_value(EventRecord* event, const char* name, double value) {
   NamedValue* named = event->add_value();
@@ -28,8 +21,7 @@ void add_spike(std::int64_t step, const char* metric, double value, SpikeDetecto
   EventRecord& event = events->emplace_back();
   event.set_kind(EventRecord::SPIKE);
   event.set_step(step);
-  event.set_message(
-      cat(metric, " spiked to ", alarm_number(value), ", usual ", alarm_number(verdict.baseline)));
+  event.set_message(cat(metric, " spiked to ", short_text(value), ", usual ", short_text(verdict.baseline)));
   add_value(&event, "value", value);
   add_value(&event, "usual", verdict.baseline);
   add_value(&event, "score", verdict.score);
@@ -50,9 +42,8 @@ std::vector<EventRecord> LiveAlarms::add(const Step& step) {
     event.set_kind(EventRecord::STRAGGLER);
     event.set_step(step.step);
     event.add_rank(step.slowest_rank);
-    event.set_message(cat("rank ", step.slowest_rank, " takes ", alarm_number(ratios_.median()),
-                          " times as long as the fastest (", alarm_number(step.slowest_seconds),
-                          " s a step)"));
+    event.set_message(cat("rank ", step.slowest_rank, " takes ", short_text(ratios_.median()),
+                          " times as long as the fastest (", short_text(step.slowest_seconds), " s a step)"));
     add_value(&event, "ratio", ratios_.median());
     slow_rank_ = step.slowest_rank;
     slow_step_ = step.step;

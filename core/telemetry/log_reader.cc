@@ -91,11 +91,9 @@ std::size_t LogReader::read_segment(std::size_t index, const std::function<void(
   RecordReader& reader = *from.reader;
   std::string payload;
   Record record;
-  while (true) {
-    const std::int64_t before = reader.offset(), skipped = reader.skipped_bytes();
-    if (!reader.next(&payload)) break;
-    if (reader.skipped_bytes() > skipped) {
-      skipped_.push_back({segment.path, before, cat(reader.skipped_bytes() - skipped, " corrupt bytes")});
+  while (reader.next(&payload)) {
+    if (const std::int64_t skipped = reader.skipped_before_record(); skipped > 0) {
+      skipped_.push_back({segment.path, reader.record_offset() - skipped, cat(skipped, " corrupt bytes")});
     }
     const auto header = headers_.find(segment.attempt);
     std::string wrong;

@@ -77,11 +77,9 @@ void Verifier::verify_segment(const LogSegment& segment, bool last_of_attempt) {
   segment_records_ = segment_steps_ = 0;
   std::string payload;
   Record record;
-  while (true) {
-    const std::int64_t before = reader.offset(), skipped = reader.skipped_bytes();
-    if (!reader.next(&payload)) break;
-    if (reader.skipped_bytes() > skipped) {
-      problem(segment, before, cat(reader.skipped_bytes() - skipped, " corrupt bytes"));
+  while (reader.next(&payload)) {
+    if (const std::int64_t skipped = reader.skipped_before_record(); skipped > 0) {
+      problem(segment, reader.record_offset() - skipped, cat(skipped, " corrupt bytes"));
     }
     if (!record.ParseFromString(payload)) {
       problem(segment, reader.record_offset(), "the checksums match, but it is no telemetry record");

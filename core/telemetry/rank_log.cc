@@ -38,11 +38,9 @@ void read_rank_log(RankLog* result) {
   RecordReader reader(log.path, ReadMode::SkipCorrupt);
   std::string payload;
   Record record;
-  while (true) {
-    const std::int64_t before = reader.offset(), skipped = reader.skipped_bytes();
-    if (!reader.next(&payload)) break;
-    if (reader.skipped_bytes() > skipped) {
-      log.problems.push_back({log.path, before, cat(reader.skipped_bytes() - skipped, " corrupt bytes")});
+  while (reader.next(&payload)) {
+    if (const std::int64_t skipped = reader.skipped_before_record(); skipped > 0) {
+      log.problems.push_back({log.path, reader.record_offset() - skipped, cat(skipped, " corrupt bytes")});
     }
     const std::int64_t offset = reader.record_offset();
     if (!record.ParseFromString(payload)) record.Clear();
