@@ -22,9 +22,10 @@ void bench_step(Backend& backend, const Groups& groups, double rank_limit, const
                 std::ostream& out);
 
 // What telemetry costs: a measured and recorded step and one that is neither, in random order, again and
-// again for `bench.seconds` in one process. Collective over groups.world. Rank 0 prints the median difference
-// as a share of the median step, between the ends of its 95 % interval. What the configuration measures every
-// so many steps only is left out of the pairs, unless its number of steps is 1.
+// again for `bench.seconds` in one process. Collective over groups.world. Rank 0 prints the difference
+// (Hodges and Lehmann's estimate) as a share of the median step, between the ends of its 95 % interval
+// (Wilcoxon's). What the configuration measures every so many steps only is left out, unless its number of
+// steps is 1.
 void bench_telemetry(Backend& backend, const Groups& groups, const StepBench& bench, std::ostream& out);
 
 }  // namespace hybridmoe
