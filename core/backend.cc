@@ -22,4 +22,8 @@ void Backend::release(void* memory, std::size_t bytes) noexcept {
   if (memory != nullptr) munmap(memory, bytes == 0 ? 1 : bytes);
 }
 
+void Backend::copy(const Tensor& source, const Tensor& target, Stream*) {
+  if (source.bytes() > 0) std::memcpy(target.data, source.data, static_cast<std::size_t>(source.bytes()));
+}
+
 }  // namespace hybridmoe

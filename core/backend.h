@@ -33,6 +33,13 @@ class Backend : public Products,
   // pages on first use. Throws Error naming the size when it cannot be had. Freed by release.
   virtual void* allocate(std::size_t bytes);
   virtual void release(void* memory, std::size_t bytes) noexcept;
+  // The same where the host and the operators both reach it, the host only while nothing is queued that
+  // touches it. For what is small, and written or read by the host in every step: a device has it far away.
+  virtual void* allocate_shared(std::size_t bytes) { return allocate(bytes); }
+  virtual void release_shared(void* memory, std::size_t bytes) noexcept { release(memory, bytes); }
+  // target = source, contiguous, of one type and as many elements; each in this backend's memory or the
+  // host's. Queued; host memory may be touched again after synchronize.
+  virtual void copy(const Tensor& source, const Tensor& target, Stream* stream);
 
   // Null on CPU backends.
   virtual Stream* main_stream() { return nullptr; }

@@ -4,6 +4,8 @@
 #include <array>
 #include <chrono>
 
+#include "core/buffer.h"
+
 namespace hybridmoe {
 namespace {
 
@@ -13,23 +15,13 @@ struct ProductShape {
 // Large in every direction, and none so large that a round takes long on one core.
 constexpr std::array<ProductShape, 3> kShapes = {{{1024, 768, 1024}, {2048, 512, 512}, {768, 1024, 768}}};
 
-class Buffer {
+// Written once, so that it is memory of its own and not the system's one page of zeros. Products take the
+// same time whatever the finite values are.
+class Written : public Buffer {
  public:
-  Buffer(Backend& backend, DType dtype, const Shape& shape)
-      : backend_(backend), tensor_(nullptr, dtype, shape, backend.device()) {
-    tensor_.data = backend.allocate(static_cast<std::size_t>(tensor_.bytes()));
-    // Written once, so that it is memory of its own and not the system's one page of zeros. Products take the
-    // same time whatever the finite values are.
-    backend.zero(tensor_, backend.main_stream());
+  Written(Backend& backend, DType dtype, const Shape& shape) : Buffer(backend, dtype, shape) {
+    backend.zero(tensor(), backend.main_stream());
   }
-  ~Buffer() { backend_.release(tensor_.data, static_cast<std::size_t>(tensor_.bytes())); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  const Tensor& tensor() const { return tensor_; }
-
- private:
-  Backend& backend_;
-  Tensor tensor_;
 };
 
 double seconds_now() {
@@ -62,7 +54,7 @@ double measure_product_limit(Backend& backend, double seconds) {
   double best = 0;
   for (ProductShape shape : kShapes) {
     shape = {shape.rows / divisor, shape.in / divisor, shape.out / divisor};
-    const Buffer x(backend, type, {shape.rows, shape.in}), w(backend, type, {shape.out, shape.in}),
+    const Written x(backend, type, {shape.rows, shape.in}), w(backend, type, {shape.out, shape.in}),
         y(backend, type, {shape.rows, shape.out});
     const LinearForward product = {.x = x.tensor(), .weight = w.tensor(), .y = y.tensor()};
     const double taken = best_seconds(backend, seconds / kShapes.size(),
@@ -74,7 +66,7 @@ double measure_product_limit(Backend& backend, double seconds) {
 
 double measure_copy_limit(Backend& backend, double seconds) {
   constexpr std::int64_t kElements = std::int64_t{16} << 20;
-  const Buffer source(backend, DType::F32, {kElements}), target(backend, DType::F32, {kElements});
+  const Written source(backend, DType::F32, {kElements}), target(backend, DType::F32, {kElements});
   const double taken = best_seconds(
       backend, seconds, [&] { backend.convert(source.tensor(), target.tensor(), backend.main_stream()); });
   return 2. * static_cast<double>(source.tensor().bytes()) / taken;

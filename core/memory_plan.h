@@ -37,6 +37,10 @@ class MemoryPlan {
   // The same for a buffer of up to shape[0] rows, of which the plan counts `expected_rows`.
   void add_rows(Tensor* target, std::string name, const Shape& shape, std::int64_t expected_rows, DType dtype,
                 std::string component);
+  // A buffer that the host reads or writes too (Backend::allocate_shared); never a temporary.
+  void add_shared(Tensor* target, std::string name, const Shape& shape, DType dtype, std::string component);
+  void add_shared_rows(Tensor* target, std::string name, const Shape& shape, std::int64_t expected_rows,
+                       DType dtype, std::string component);
 
   // Temporaries declared between a scope's construction and destruction end with it.
   class Scope {
@@ -56,14 +60,14 @@ class MemoryPlan {
   };
 
   // What the plan counts on.
-  std::int64_t bytes() const { return persistent_.expected + scratch_peak_.expected; }
+  std::int64_t bytes() const { return persistent_.expected + scratch_peak_.expected + shared_.expected; }
   // Addresses taken at commit.
-  std::int64_t reserved_bytes() const { return persistent_.reserved + scratch_peak_.reserved; }
+  std::int64_t reserved_bytes() const { return arena_bytes() + shared_.reserved; }
   // Component -> bytes; temporaries appear once, as "workspace".
   std::map<std::string, std::int64_t> by_component() const;
-  // Allocates one arena and fills every target. Throws when the memory cannot be had.
+  // Allocates the arenas and fills every target. Throws when the memory cannot be had.
   void commit(Backend& backend);
-  // Bytes of the arena that are resident in memory now; the most that was ever used, since nothing is given
+  // Bytes of the arenas that are resident in memory now; the most that was ever used, since nothing is given
   // back.
   std::int64_t resident_bytes() const;
 
@@ -73,13 +77,17 @@ class MemoryPlan {
     std::string name, component;
     std::int64_t offset;
     Extent size;
-    bool temporary;
+    Extent MemoryPlan::*region;
   };
+  void place(Tensor* target, std::string name, const Shape& shape, std::int64_t expected_rows, DType dtype,
+             std::string component, Extent MemoryPlan::*region);
+  std::int64_t arena_bytes() const { return persistent_.reserved + scratch_peak_.reserved; }
+
   std::vector<Buffer> buffers_;
-  Extent persistent_, scratch_, scratch_peak_;
+  Extent persistent_, scratch_, scratch_peak_, shared_;
   int depth_ = 0;
   Backend* backend_ = nullptr;
-  void* arena_ = nullptr;
+  void *arena_ = nullptr, *shared_arena_ = nullptr;
 };
 
 }  // namespace hybridmoe

@@ -5,6 +5,7 @@
 #include <numeric>
 #include <utility>
 
+#include "core/buffer.h"
 #include "core/random.h"
 
 namespace hybridmoe {
@@ -132,33 +133,59 @@ void ParameterStore::lay_out_owned(Bucket* bucket) {
 }
 
 void ParameterStore::initialise(std::uint64_t seed, Backend& backend) {
-  require(backend.device() == Device::CPU, "initial values are written on the host");
-  for (Bucket& bucket : *buckets_) {
+  constexpr std::int64_t kValues = 1 << 20;
+  const Buffer staging(backend, DType::F64, {kValues}, Where::Shared);
+  for (const Bucket& bucket : *buckets_) {
     for (const Id id : bucket.parameters) {
-      const ParameterSpec& spec = specs_[id];
-      const Random random(seed, spec.name);
-      std::vector<double> values(spec.local_shape.elements(), spec.init_constant);
-      if (spec.init_std > 0) {
-        std::int64_t local = 0;
-        for (const GlobalRun& run : spec.runs) {
-#pragma omp parallel for schedule(static)
-          for (std::int64_t i = run.begin; i < run.end; ++i) {
-            values[local + i - run.begin] = spec.init_std * random.truncated_normal(i, 3);
-          }
-          local += run.end - run.begin;
-        }
-      }
-      const Tensor all(values.data(), DType::F64, {static_cast<std::int64_t>(values.size())});
-      backend.convert(all, weight(id).reshape(all.shape), nullptr);
-      if (bucket.master.empty()) continue;
-      for (const OwnedRange& range :
-           bucket.owned) {  // the master keeps the digits that the weight rounds away
-        if (range.parameter != id) continue;
-        backend.convert(all.flat(range.local_begin, range.local_begin + range.length),
-                        bucket.master.flat(range.shard_begin, range.shard_begin + range.length), nullptr);
+      for (std::int64_t begin = 0; begin < specs_[id].local_shape.elements(); begin += kValues) {
+        const std::int64_t end = std::min(begin + kValues, specs_[id].local_shape.elements());
+        const Tensor values = staging.tensor().flat(0, end - begin);
+        initial_values(seed, id, begin, values);
+        write_initial(bucket, id, begin, values, backend);
       }
     }
   }
+}
+
+// Of local elements begin .. begin + their number.
+void ParameterStore::initial_values(std::uint64_t seed, Id id, std::int64_t begin,
+                                    const Tensor& values) const {
+  const ParameterSpec& spec = specs_[id];
+  double* const value = values.ptr<double>();
+  const std::int64_t end = begin + values.elements();
+  if (spec.init_std <= 0) {
+    std::fill_n(value, values.elements(), spec.init_constant);
+    return;
+  }
+  const Random random(seed, spec.name);
+  std::int64_t local = 0;  // where the run begins
+  for (const GlobalRun& run : spec.runs) {
+    const std::int64_t first = std::max(begin, local), last = std::min(end, local + run.end - run.begin);
+#pragma omp parallel for schedule(static)
+    for (std::int64_t i = first; i < last; ++i) {
+      value[i - begin] = spec.init_std * random.truncated_normal(run.begin + i - local, 3);
+    }
+    local += run.end - run.begin;
+  }
+}
+
+// To the weight, and to what this rank owns of the master, which keeps the digits that the weight rounds
+// away.
+void ParameterStore::write_initial(const Bucket& bucket, Id id, std::int64_t begin, const Tensor& values,
+                                   Backend& backend) const {
+  Stream* const stream = backend.main_stream();
+  const std::int64_t end = begin + values.elements(), all = specs_[id].local_shape.elements();
+  backend.convert(values, weight(id).reshape({all}).flat(begin, end), stream);
+  for (const OwnedRange& range : bucket.owned) {
+    if (range.parameter != id || bucket.master.empty()) continue;
+    const std::int64_t first = std::max(begin, range.local_begin);
+    const std::int64_t last = std::min(end, range.local_begin + range.length);
+    if (first >= last) continue;
+    const std::int64_t place = range.shard_begin + first - range.local_begin;
+    backend.convert(values.flat(first - begin, last - begin), bucket.master.flat(place, place + last - first),
+                    stream);
+  }
+  backend.synchronize(stream);
 }
 
 Tensor ParameterStore::weight(Id id) const {

@@ -98,6 +98,9 @@ class ParameterStore {
   std::int64_t local_elements() const;
 
  private:
+  void initial_values(std::uint64_t seed, Id id, std::int64_t begin, const Tensor& values) const;
+  void write_initial(const Bucket& bucket, Id id, std::int64_t begin, const Tensor& values,
+                     Backend& backend) const;
   void assign_buckets(DType statistics, std::int64_t bucket_bytes);
   void lay_out_owned(Bucket* bucket);
   void lay_out_table();

@@ -132,7 +132,7 @@ class CapacityLimiter {
   Communicator& world_;
   int experts_, top_k_;
   CapacityRule rule_;
-  Tensor all_topk_, all_weights_;
+  Tensor all_topk_, all_weights_, own_kept_;  // in host memory
 };
 
 // Every rank holds every expert: nothing moves, chunk 0 is the only one. backend and world must outlive the

@@ -119,7 +119,9 @@ ShardRecord write_state(const std::string& run_dir, int rank, Trainer& trainer) 
   record.set_rank(rank);
   record.set_file(shard_name(rank));
   const std::string building = checkpoint_building_path(run_dir, trainer.progress().step);
-  const ShardInfo info = write_shard(building + "/" + record.file(), arrays);
+  const ShardInfo info =
+      write_shard(building + "/" + record.file(), arrays,
+                  [&](const Tensor& tensor, const auto& use) { trainer.host().read(tensor, use); });
   record.set_bytes(info.bytes);
   record.set_checksum(info.checksum);
   add_slices(trainer, &record);
@@ -145,12 +147,15 @@ void write_manifest(const std::string& run_dir, const CheckpointManifest& run,
 }
 
 void read_state(const std::string& path, const CheckpointManifest& manifest, int rank, Trainer& trainer) {
-  const auto read = [](const ShardReader& shard, const std::string& name, const std::vector<Tensor>& pieces) {
+  const auto read = [&](const ShardReader& shard, const std::string& name,
+                        const std::vector<Tensor>& pieces) {
     shard.verify(name);
     std::int64_t begin = 0;
     for (const Tensor& piece : pieces) {
-      shard.read_unverified(name, begin, piece);
-      begin += piece.elements();
+      trainer.host().write(piece, [&](const Tensor& part) {
+        shard.read_unverified(name, begin, part);
+        begin += part.elements();
+      });
     }
   };
   const ShardReader shard = open_shard(path, manifest, rank);

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <map>
 #include <sstream>
 
@@ -14,9 +13,12 @@ namespace {
 
 using Hashes = std::vector<std::int64_t>;
 
-std::int64_t hash_of(const Tensor& tensor) {
-  return static_cast<std::int64_t>(
-      xxh3({static_cast<const char*>(tensor.data), static_cast<std::size_t>(tensor.bytes())}));
+std::int64_t hash_of(const Tensor& tensor, HostParts& host) {
+  Xxh3Stream hash;
+  host.read(tensor, [&](const Tensor& part) {
+    hash.add({static_cast<const char*>(part.data), static_cast<std::size_t>(part.bytes())});
+  });
+  return static_cast<std::int64_t>(hash.value());
 }
 
 std::string ranks_text(const std::vector<std::int64_t>& ranks) {
@@ -49,10 +51,10 @@ void compare_hashes(const SharedTensor& tensor, const Hashes& hashes,
 
 // Every rank of `group` passes the same tensors; its first rank compares.
 void compare_over(Communicator& group, std::int64_t world_rank, const std::vector<SharedTensor>& tensors,
-                  ReplicaReport* report) {
+                  HostParts& host, ReplicaReport* report) {
   if (group.size() == 1 || tensors.empty()) return;
   Hashes own = {world_rank};
-  for (const SharedTensor& shared : tensors) own.push_back(hash_of(shared.tensor));
+  for (const SharedTensor& shared : tensors) own.push_back(hash_of(shared.tensor, host));
   const std::int64_t width = std::ssize(own);
   Hashes all(width * group.size());
   group
@@ -72,7 +74,7 @@ void compare_over(Communicator& group, std::int64_t world_rank, const std::vecto
 
 // The owned weights of a bucket against its masters in the weights' type.
 void compare_masters(const ParameterStore& parameters, const ParameterStore::Bucket& bucket,
-                     std::int64_t world_rank, const Tensor& rounded, Backend& backend,
+                     std::int64_t world_rank, const Tensor& rounded, Backend& backend, HostParts& host,
                      ReplicaReport* report) {
   if (bucket.master.empty()) return;
   const Tensor weights = bucket.owned_weight();
@@ -83,7 +85,7 @@ void compare_masters(const ParameterStore& parameters, const ParameterStore::Buc
       const std::int64_t begin = range.shard_begin + done;
       const Tensor expected = rounded.flat(0, n), actual = weights.flat(begin, begin + n);
       backend.convert(bucket.master.flat(begin, begin + n), expected, nullptr);
-      equal = std::memcmp(expected.data, actual.data, static_cast<std::size_t>(actual.bytes())) == 0;
+      equal = hash_of(expected, host) == hash_of(actual, host);
       done += n;
     }
     if (equal) continue;
@@ -124,16 +126,19 @@ double finite_squares(const T* values, std::int64_t count) {
   return sum;
 }
 
-double finite_squares(const Tensor& values) {
-  if (values.dtype == DType::F64) return finite_squares(values.ptr<double>(), values.elements());
-  return finite_squares(values.ptr<float>(), values.elements());
+double finite_squares(const Tensor& values, HostParts& host) {
+  double sum = 0;
+  host.read(values, [&](const Tensor& part) {
+    sum += part.dtype == DType::F64 ? finite_squares(part.ptr<double>(), part.elements())
+                                    : finite_squares(part.ptr<float>(), part.elements());
+  });
+  return sum;
 }
 
 }  // namespace
 
 ReplicaReport check_replicas(const ParameterStore& parameters, const std::vector<SharedTensor>& on_all_ranks,
-                             const Tensor& rounded, Backend& backend, const Groups& groups) {
-  require(backend.device() == Device::CPU, "replicas are hashed on the host");
+                             const Tensor& rounded, Backend& backend, HostParts& host, const Groups& groups) {
   const std::int64_t rank = groups.world->rank();
   ReplicaReport report;
   for (const auto& bucket : parameters.buckets()) {
@@ -141,15 +146,16 @@ ReplicaReport check_replicas(const ParameterStore& parameters, const std::vector
     for (const ParameterStore::Id id : bucket.parameters) {
       tensors.push_back({parameters.spec(id).name, parameters.spec(id).layer, parameters.weight(id)});
     }
-    compare_over(*bucket.replicas, rank, tensors, &report);
-    compare_masters(parameters, bucket, rank, rounded, backend, &report);
+    compare_over(*bucket.replicas, rank, tensors, host, &report);
+    compare_masters(parameters, bucket, rank, rounded, backend, host, &report);
   }
-  compare_over(*groups.world, rank, on_all_ranks, &report);
+  compare_over(*groups.world, rank, on_all_ranks, host, &report);
   share(*groups.world, &report);
   return report;
 }
 
-std::string check_gradient_table(ParameterStore& parameters, const Tensor& table, const Groups& groups) {
+std::string check_gradient_table(ParameterStore& parameters, const Tensor& table, const Groups& groups,
+                                 HostParts& host) {
   std::vector<Event> gathered;
   for (auto& bucket : parameters.buckets()) {
     gathered.push_back(
@@ -166,7 +172,7 @@ std::string check_gradient_table(ParameterStore& parameters, const Tensor& table
     for (const GlobalRun& run : spec.runs) {
       const std::int64_t end = local + run.end - run.begin;
       const auto row = std::find(rows.begin(), rows.end(), GradientRow{spec.layer, run.kind});
-      squares[row - rows.begin()] += finite_squares(gradient.flat(local, end));
+      squares[row - rows.begin()] += finite_squares(gradient.flat(local, end), host);
       local = end;
     }
   }

@@ -9,6 +9,7 @@
 
 #include "core/backend.h"
 #include "core/groups.h"
+#include "core/host_parts.h"
 #include "core/parameter_store.h"
 
 namespace hybridmoe {
@@ -38,11 +39,12 @@ struct SharedTensor {
 // the world; where weights have masters, also each owner's weights with its masters rounded. `rounded` [any]
 // C is workspace.
 ReplicaReport check_replicas(const ParameterStore& parameters, const std::vector<SharedTensor>& on_all_ranks,
-                             const Tensor& rounded, Backend& backend, const Groups& groups);
+                             const Tensor& rounded, Backend& backend, HostParts& host, const Groups& groups);
 
 // Squares of the whole gradient, gathered from its owners and added up parameter by parameter, against
 // `table` [rows, kGradColumns] F64, the sum over the world. Returns what differs, naming the row; empty when
 // nothing does. Overwrites the parts of the gradient buckets that this rank does not own.
-std::string check_gradient_table(ParameterStore& parameters, const Tensor& table, const Groups& groups);
+std::string check_gradient_table(ParameterStore& parameters, const Tensor& table, const Groups& groups,
+                                 HostParts& host);
 
 }  // namespace hybridmoe

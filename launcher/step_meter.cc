@@ -53,12 +53,14 @@ RankSpread spread(int ranks, const Value& value) {
 
 }  // namespace
 
-StepMeter::StepMeter(const Config& config, ParameterStore& parameters, const Groups& groups, Backend& backend)
+StepMeter::StepMeter(const Config& config, ParameterStore& parameters, const Groups& groups, Backend& backend,
+                     HostParts& host)
     : config_(config.telemetry()),
       experts_(config.model().moe().experts()),
       parameters_(parameters),
       groups_(groups),
       backend_(backend),
+      host_(host),
       planned_(config.telemetry().enabled() && config.telemetry().metrics()),
       on_(planned_) {}
 
@@ -67,7 +69,7 @@ void StepMeter::plan(MemoryPlan& memory, int layers, int moe_layers) {
   layers_ = layers;
   moe_layers_ = moe_layers;
   const auto add = [&](Tensor* tensor, const char* name, const Shape& shape) {
-    memory.add(tensor, name, shape, DType::F64, "statistics");
+    memory.add_shared(tensor, name, shape, DType::F64, "statistics");
   };
   add(&sums_, "measured sums",
       {rows() * kUpdateColumns + layers * kLayerSums + kSingleSums + groups_.world->size() * kRankSeconds});
@@ -158,8 +160,8 @@ void StepMeter::check(const Tensor& table, const std::vector<SharedTensor>& on_a
     experts_summed_ = groups_.world->all_reduce(expert_table_, ReduceOp::Sum, "squares of experts");
   }
   if (!due(config_.check_every())) return;
-  measures_.table_error = check_gradient_table(parameters_, table, groups_);
-  ReplicaReport replicas = check_replicas(parameters_, on_all_ranks, rounded_, backend_, groups_);
+  measures_.table_error = check_gradient_table(parameters_, table, groups_, host_);
+  ReplicaReport replicas = check_replicas(parameters_, on_all_ranks, rounded_, backend_, host_, groups_);
   measures_.replica_mismatches = replicas.copies;
   measures_.mismatches = std::move(replicas.mismatches);
 }

@@ -63,7 +63,8 @@ struct StepMeasures {
 class StepMeter {
  public:
   // Not collective; everything outlives the meter.
-  StepMeter(const Config& config, ParameterStore& parameters, const Groups& groups, Backend& backend);
+  StepMeter(const Config& config, ParameterStore& parameters, const Groups& groups, Backend& backend,
+            HostParts& host);
 
   bool on() const { return on_; }
   // Leaves steps unmeasured for a while, on all ranks alike; without effect when the configuration has no
@@ -103,6 +104,7 @@ class StepMeter {
   ParameterStore& parameters_;
   Groups groups_;
   Backend& backend_;
+  HostParts& host_;
   const bool planned_;
   bool on_;
   int layers_ = 0, moe_layers_ = 0;

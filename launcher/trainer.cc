@@ -37,9 +37,10 @@ Trainer::Trainer(const Config& config, const Dataset& data, Backend& backend, co
       data_(data),
       backend_(backend),
       groups_(groups),
+      host_(backend),
       model_(config.model(), config.optimizer(), backend, groups, exchange, parameters_),
       sync_(parameters_),
-      meter_(config, parameters_, groups, backend),
+      meter_(config, parameters_, groups, backend, host_),
       length_(config.model().sequence_length()),
       exceptions_at_start_(std::uncaught_exceptions()) {
   const BatchConfig& batch = config.batch();
@@ -55,14 +56,15 @@ Trainer::Trainer(const Config& config, const Dataset& data, Backend& backend, co
   model_.set_layer_statistics(meter_.on());
   model_.plan(memory_, {.sequences = local_sequences_, .length = length_});
   const std::int64_t tokens = micro_batches_ * local_sequences_ * length_;
-  memory_.add(&tokens_, "tokens", {tokens}, DType::I32, "batch");
-  memory_.add(&targets_, "targets", {tokens}, DType::I32, "batch");
-  memory_.add(&doc_start_, "document starts", {tokens}, DType::I32, "batch");
+  tokens_.plan(memory_, backend, "tokens", {tokens}, DType::I32, "batch");
+  targets_.plan(memory_, backend, "targets", {tokens}, DType::I32, "batch");
+  doc_start_.plan(memory_, backend, "document starts", {tokens}, DType::I32, "batch");
   const auto rows = static_cast<std::int64_t>(parameters_.table().size());
   const auto moe_layers = static_cast<std::int64_t>(model_.moe_layers().size());
-  memory_.add(&sums_, "step sums", {rows * kGradColumns + kStepSums + moe_layers}, DType::F64, "statistics");
+  memory_.add_shared(&sums_, "step sums", {rows * kGradColumns + kStepSums + moe_layers}, DType::F64,
+                     "statistics");
   meter_.plan(memory_, model_.layers(), static_cast<int>(moe_layers));
-  memory_.add(&scalars_, "step scalars", {kStepScalars}, DType::F64, "statistics");
+  scalars_.plan(memory_, backend, "step scalars", {kStepScalars}, DType::F64, "statistics");
   model_.set_before_stage([this](int stage) {
     Stopwatch watch;
     sync_.wait_weights(stage);
@@ -85,6 +87,12 @@ void Trainer::start() {
   meter_.start();
 }
 
+void Trainer::upload_samples() {
+  for (const Mirrored* samples : {&tokens_, &targets_, &doc_start_}) {
+    samples->upload(backend_, backend_.main_stream());
+  }
+}
+
 void Trainer::load_samples(std::int64_t first) {
   const std::int64_t per_micro_batch = config_.batch().micro_batch_sequences();
   for (std::int64_t m = 0; m < micro_batches_; ++m) {
@@ -92,8 +100,7 @@ void Trainer::load_samples(std::int64_t first) {
       const std::int64_t sample = own_samples(first) + m * per_micro_batch + s;
       const std::int64_t at = (m * local_sequences_ + s) * length_;
       try {
-        data_.training_sample(sample, tokens_.ptr<std::int32_t>() + at, targets_.ptr<std::int32_t>() + at,
-                              doc_start_.ptr<std::int32_t>() + at);
+        data_.training_sample(sample, host_tokens(at), host_targets(at), host_doc_start(at));
       } catch (const Error& bad_data) {
         throw Error(cat("training sample ", data_.origin(sample).number, ": ", bad_data.what(),
                         "; or leave the sample out with data.skip"));
@@ -105,9 +112,9 @@ void Trainer::load_samples(std::int64_t first) {
 MicroBatch Trainer::micro_batch(std::int64_t index) const {
   const std::int64_t begin = index * local_sequences_ * length_, end = begin + local_sequences_ * length_;
   MicroBatch batch;
-  batch.tokens = tokens_.rows(begin, end);
-  batch.targets = targets_.rows(begin, end);
-  if (config_.data().document_mask()) batch.doc_start = doc_start_.rows(begin, end);
+  batch.tokens = tokens_.device().rows(begin, end);
+  batch.targets = targets_.device().rows(begin, end);
+  if (config_.data().document_mask()) batch.doc_start = doc_start_.device().rows(begin, end);
   batch.sequences = local_sequences_;
   batch.length = length_;
   return batch;
@@ -132,6 +139,7 @@ StepResult Trainer::step(bool stop) {
     error = bad_data.what();
   }
   groups_.world->agree(error, "training samples");
+  upload_samples();
   result.seconds.data = watch.lap();
 
   run_micro_batches(&result);
@@ -153,7 +161,7 @@ void Trainer::run_micro_batches(StepResult* result) {
   for (auto& bucket : parameters_.buckets()) backend_.zero(bucket.gradient, nullptr);
   // The mean runs over the unmasked targets of the whole step.
   std::int64_t targets = 0;
-  for (std::int64_t i = 0; i < targets_.elements(); ++i) targets += targets_.ptr<std::int32_t>()[i] >= 0;
+  for (std::int64_t i = 0; i < targets_.host().elements(); ++i) targets += *host_targets(i) >= 0;
   result->own.targets = static_cast<double>(targets);
   groups_.data->all_reduce(Tensor(&targets, DType::I64, {1}), ReduceOp::Sum, "target count").wait();
   LossScale scale;
@@ -196,6 +204,7 @@ void Trainer::reduce_sums(bool stop, StepResult* result) {
                          .absmax = meter_.grad_absmax()},
                         nullptr);
   }
+  backend_.synchronize(backend_.main_stream());  // the sums go over the world, and the host adds its own
   double* extra = sums_.ptr<double>() + rows * kGradColumns;
   // Tensor ranks share their tokens: one of them brings the loss.
   extra[kCrossEntropy] = groups_.tensor->rank() == 0 ? result->model.cross_entropy : 0;
@@ -258,7 +267,7 @@ void Trainer::update(StepResult* result) {
                          .beta1 = optimizer.beta1(),
                          .beta2 = optimizer.beta2(),
                          .applied_steps = progress_.applied_steps,
-                         .scalars = scalars_},
+                         .scalars = scalars_.device()},
                         nullptr);
   for (auto& bucket : parameters_.buckets()) {
     backend_.adamw({.grad = bucket.owned_gradient(),
@@ -267,7 +276,7 @@ void Trainer::update(StepResult* result) {
                     .m = bucket.m,
                     .v = bucket.v,
                     .segments = &bucket.segments,
-                    .scalars = scalars_,
+                    .scalars = scalars_.device(),
                     .beta1 = optimizer.beta1(),
                     .beta2 = optimizer.beta2(),
                     .eps = optimizer.eps(),
@@ -275,7 +284,7 @@ void Trainer::update(StepResult* result) {
                     .table = meter_.updates()},
                    nullptr);
   }
-  backend_.synchronize(nullptr);
+  scalars_.download(backend_, backend_.main_stream());
   result->seconds.optimizer += watch.lap();
   groups_.mark_phase("weights");
   // The sums first: they are small, and waited for at once.
@@ -286,7 +295,7 @@ void Trainer::update(StepResult* result) {
   sync_.gather_weights();
   result->measures = meter_.finish(gradient_table(), result->model.targets, result->tokens);
   result->seconds.communication += watch.lap();
-  const double* scalars = scalars_.ptr<double>();
+  const double* scalars = scalars_.host().ptr<double>();
   result->grad_norm = scalars[kGradNorm];
   result->clip_factor = scalars[kClipFactor];
   result->skipped = scalars[kSkip] != 0;
@@ -308,16 +317,18 @@ void Trainer::update_biases(const StepResult& result) {
     const std::vector<double>& load = result.model.moe[i].counts;
     double total = 0;
     for (const double count : load) total += count;
-    for (std::size_t e = 0; e < load.size(); ++e) {
-      // Compared as integers, total against experts · load: the mean need not be representable.
-      const double excess = total - static_cast<double>(load.size()) * load[e];
-      const double change = gamma * (excess > 0 ? 1 : excess < 0 ? -1 : 0);
-      if (biases[i].dtype == DType::F64) {
-        biases[i].ptr<double>()[e] += change;
-      } else {
-        biases[i].ptr<float>()[e] += static_cast<float>(change);
+    host_.update(biases[i], [&](const Tensor& bias) {
+      for (std::size_t e = 0; e < load.size(); ++e) {
+        // Compared as integers, total against experts · load: the mean need not be representable.
+        const double excess = total - static_cast<double>(load.size()) * load[e];
+        const double change = gamma * (excess > 0 ? 1 : excess < 0 ? -1 : 0);
+        if (bias.dtype == DType::F64) {
+          bias.ptr<double>()[e] += change;
+        } else {
+          bias.ptr<float>()[e] += static_cast<float>(change);
+        }
       }
-    }
+    });
   }
 }
 
@@ -335,10 +346,10 @@ Evaluation Trainer::evaluate() {
   for (std::int64_t round = 0; round * per_round < count; ++round) {
     for (std::int64_t s = 0; s < local_sequences_; ++s) {
       const std::int64_t sample = round * per_round + data.rank() * local_sequences_ + s;
-      std::int32_t* targets = targets_.ptr<std::int32_t>() + s * length_;
+      std::int32_t* targets = host_targets(s * length_);
       try {
-        data_.held_out_sample(std::min(sample, count - 1), tokens_.ptr<std::int32_t>() + s * length_, targets,
-                              doc_start_.ptr<std::int32_t>() + s * length_);
+        data_.held_out_sample(std::min(sample, count - 1), host_tokens(s * length_), targets,
+                              host_doc_start(s * length_));
         if (sample >= count) {
           std::fill_n(targets, length_, -1);
           continue;
@@ -351,6 +362,7 @@ Evaluation Trainer::evaluate() {
       }
     }
     groups_.world->agree(error, "held-out samples");
+    upload_samples();
     model_.evaluate(micro_batch(0), &statistics, {});
   }
   double sums[] = {statistics.cross_entropy, statistics.targets, bytes, bytes_known ? 0.0 : 1.0};

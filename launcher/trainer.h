@@ -11,7 +11,9 @@
 #include "core/backend.h"
 #include "core/data/dataset.h"
 #include "core/groups.h"
+#include "core/host_parts.h"
 #include "core/memory_plan.h"
+#include "core/mirrored.h"
 #include "core/parameter_store.h"
 #include "launcher/step_meter.h"
 #include "moe/transformer.h"
@@ -95,6 +97,7 @@ class Trainer {
   // Non-owning; empty for routers without a bias. By MoE layer.
   std::vector<Tensor> router_biases();
   const StepMeter& meter() const { return meter_; }
+  HostParts& host() { return host_; }  // how the host reads and writes its tensors
   // See StepMeter::pause: for comparisons within one process. Not collective.
   void pause_measuring(bool paused) {
     meter_.pause(paused);
@@ -123,6 +126,7 @@ class Trainer {
   const Dataset& data_;
   Backend& backend_;
   Groups groups_;
+  HostParts host_;
   MemoryPlan memory_;
   ParameterStore parameters_;
   Transformer model_;
@@ -134,11 +138,15 @@ class Trainer {
   std::int64_t length_, local_sequences_, micro_batches_;
   double weight_seconds_ = 0;  // spent waiting for weights
   int exceptions_at_start_;
-  Tensor tokens_, targets_, doc_start_;  // (M · local sequences · length)
-  Tensor gradient_table() const;         // [rows, kGradColumns], the first part of sums_
-  Tensor sums_;     // F64, summed over the world once a step: the gradient table, then StepSum, then each MoE
-                    // layer's drops
-  Tensor scalars_;  // [kStepScalars] F64
+  Mirrored tokens_, targets_, doc_start_;  // (M · local sequences · length)
+  std::int32_t* host_tokens(std::int64_t at) const { return tokens_.host().ptr<std::int32_t>() + at; }
+  std::int32_t* host_targets(std::int64_t at) const { return targets_.host().ptr<std::int32_t>() + at; }
+  std::int32_t* host_doc_start(std::int64_t at) const { return doc_start_.host().ptr<std::int32_t>() + at; }
+  void upload_samples();
+  Tensor gradient_table() const;  // [rows, kGradColumns], the first part of sums_
+  Tensor sums_;  // F64, summed over the world once a step: the gradient table, then StepSum, then each MoE
+                 // layer's drops
+  Mirrored scalars_;  // [kStepScalars] F64
 };
 
 }  // namespace hybridmoe

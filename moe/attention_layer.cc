@@ -113,7 +113,7 @@ void AttentionLayer::plan_cache(MemoryPlan& memory, std::int64_t cache_positions
 }
 
 void AttentionLayer::plan_kept(MemoryPlan& memory) {
-  memory.add(&logit_max_, name_ + ".attn_logit_max", {1}, DType::F64, "statistics");
+  memory.add_shared(&logit_max_, name_ + ".attn_logit_max", {1}, DType::F64, "statistics");
 }
 
 void AttentionLayer::plan_temporaries(MemoryPlan& memory, std::int64_t all_rows) {

@@ -86,9 +86,9 @@ void MoeLayer::plan_kept(MemoryPlan& memory, std::int64_t rows) {
   if (moe_.router().bias_update() > 0) {
     memory.add(&bias_, name_ + ".router_bias", {moe_.experts()}, statistics(), "router biases");
   }
-  memory.add(&statistics_.all, name_ + ".router_sums", {2 * moe_.experts() + kRouterSums}, DType::F64,
-             "statistics");
-  memory.add(&statistics_.logit_max, name_ + ".router_max", {1}, DType::F64, "statistics");
+  memory.add_shared(&statistics_.all, name_ + ".router_sums", {2 * moe_.experts() + kRouterSums}, DType::F64,
+                    "statistics");
+  memory.add_shared(&statistics_.logit_max, name_ + ".router_max", {1}, DType::F64, "statistics");
 }
 
 void MoeLayer::plan_temporaries(MemoryPlan& memory, std::int64_t rows, bool training) {

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/buffer.h"
+
 namespace hybridmoe {
 
 namespace {
@@ -63,14 +65,14 @@ void Transformer::plan(MemoryPlan& memory, const Size& size) {
   machine_.sequence.plan(memory, n, d);
   if (exchange_ != nullptr) exchange_->declare_shared(memory, n, d);
   if (size.cache_positions > 0) {
-    memory.add(&padded_tokens_, "tokens", {n * T}, DType::I32, "batch");
-    memory.add(&all_logits_, "all logits", {model_.padded_vocabulary()}, S, "activations");
+    memory.add_shared(&padded_tokens_, "tokens", {n * T}, DType::I32, "batch");
+    memory.add_shared(&all_logits_, "all logits", {model_.padded_vocabulary()}, S, "activations");
   }
-  memory.add(&head_sums_, "head sums", {kHeadSums}, DType::F64, "statistics");
-  if (size.training) memory.add(&head_maxima_, "head maxima", {2}, DType::F64, "statistics");
+  memory.add_shared(&head_sums_, "head sums", {kHeadSums}, DType::F64, "statistics");
+  if (size.training) memory.add_shared(&head_maxima_, "head maxima", {2}, DType::F64, "statistics");
   if (size.training && layer_statistics_) {
-    memory.add(&layer_sums_, "layer sums", {layers(), 2}, DType::F64, "statistics");
-    memory.add(&layer_maxima_, "layer maxima", {layers()}, DType::F64, "statistics");
+    memory.add_shared(&layer_sums_, "layer sums", {layers(), 2}, DType::F64, "statistics");
+    memory.add_shared(&layer_maxima_, "layer maxima", {layers()}, DType::F64, "statistics");
   }
   for (auto& block : blocks_) {
     block->plan(memory, size.sequences, size.length, size.training, size.training && !model_.recompute(),
@@ -87,8 +89,11 @@ void Transformer::plan(MemoryPlan& memory, const Size& size) {
 }
 
 void Transformer::prepare() {
-  require(machine_.backend.device() == Device::CPU, "the RoPE tables are written on the host");
+  Backend& be = machine_.backend;
   const std::int64_t half = model_.head_dim() / 2;
+  const Buffer written_cos(be, rope_cos_.dtype, rope_cos_.shape, Where::Shared);
+  const Buffer written_sin(be, rope_sin_.dtype, rope_sin_.shape, Where::Shared);
+  const Tensor &cosines_of = written_cos.tensor(), &sines_of = written_sin.tensor();
   // Angles in double: in fp32 they are off by 2e-4 rad at position 4096.
   const auto fill = [&]<class T>(T* cosines, T* sines) {
     for (std::int64_t p = 0; p < rope_cos_.rows(); ++p) {
@@ -101,10 +106,13 @@ void Transformer::prepare() {
     }
   };
   if (rope_cos_.dtype == DType::F64) {
-    fill(rope_cos_.ptr<double>(), rope_sin_.ptr<double>());
+    fill(cosines_of.ptr<double>(), sines_of.ptr<double>());
   } else {
-    fill(rope_cos_.ptr<float>(), rope_sin_.ptr<float>());
+    fill(cosines_of.ptr<float>(), sines_of.ptr<float>());
   }
+  be.copy(cosines_of, rope_cos_, be.main_stream());
+  be.copy(sines_of, rope_sin_, be.main_stream());
+  be.synchronize(be.main_stream());
 }
 
 Tensor Transformer::layer_input(int layer, std::int64_t rows) const {

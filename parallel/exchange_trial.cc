@@ -79,7 +79,7 @@ TransportTrial::TransportTrial(Backend& backend, const Groups& groups, const Tri
                      : make_flat_transport(*groups.expert)) {
   const std::int64_t n = size.tokens, k = size.top_k, most = place_.most_sent(n);
   const DType C = backend.compute_type(), S = backend.statistics_type();
-  sent_.declare(memory_, place_, n, "trial");
+  sent_.declare(memory_, backend, place_, n, "trial");
   memory_.add(&topk_, "trial choices", {n, k}, DType::I32, "trial");
   memory_.add(&weights_, "trial weights", {n, k}, S, "trial");
   memory_.add(&sent_topk_, "trial choices sent", {most, k}, DType::I32, "trial");

@@ -87,7 +87,9 @@ class AllToAllRowExchange : public RowExchange {
     std::string name;
     SentRows sent;
     RowCounts counts;
-    Tensor topk, weights, token_slots, slot_source, offsets;  // of the received rows, chunk after chunk
+    // Of the own tokens, then of the received rows, chunk after chunk.
+    Mirrored topk, offsets;
+    Tensor weights, token_slots, slot_source;
   };
   static Details& of(const Route& route) { return static_cast<Details&>(*route.details); }
 
@@ -119,6 +121,15 @@ class AllToAllRowExchange : public RowExchange {
   void exchange_routes(Details& details, Route* route);
   void sort_own(const Tensor& kept, Details& details, Route* route, Stream* stream);
   void sort_received(Details& details, Route* route, Stream* stream);
+  void count_slots(const Details& details, Route* route, Stream* stream) const;
+
+  // The tensor itself where the host reaches it, else the copy, which is there after the next synchronize.
+  Tensor on_host(const Tensor& tensor, const Tensor& copy, Stream* stream) const {
+    if (tensor.device == Device::CPU) return tensor;
+    const Tensor host = copy.rows(0, tensor.rows());
+    backend_.copy(tensor, host, stream);
+    return host;
+  }
 
   Backend& backend_;
   Communicator& group_;
@@ -127,12 +138,14 @@ class AllToAllRowExchange : public RowExchange {
   ExchangeOptions options_;
   CapacityLimiter limiter_;
   std::unique_ptr<RowTransport> transport_;
-  Tensor outbox_;                          // (n + sent, d): own tokens' rows, then those sent
-  Tensor inbox_;                           // (received, d)
-  Tensor out_scalars_, in_scalars_;        // (n + sent, k), (received, k) S
-  Tensor own_topk_;                        // (n, k)
-  Tensor sent_topk_, sent_weights_;        // (sent, k): beside the rows, by destination
-  Tensor arrived_topk_, arrived_weights_;  // (received, k): by source
+  Tensor outbox_;         // (n + sent, d): own tokens' rows, then those sent
+  Tensor inbox_;          // (received, d)
+  Mirrored out_scalars_;  // (n + sent, k) S
+  Tensor in_scalars_;     // (received, k) S
+  // (n, k), the host's copies where operators have theirs elsewhere: choices, weights, summed scalars.
+  Tensor kept_, kept_weights_, sums_;
+  Tensor sent_topk_, sent_weights_;        // (sent, k): beside the rows, by destination; the host's
+  Tensor arrived_topk_, arrived_weights_;  // (received, k): by source; the host's
   std::vector<Event> dispatches_, combines_, scalars_;
   double seconds_moving_ = 0;
 };
@@ -144,17 +157,17 @@ void AllToAllRowExchange::declare(MemoryPlan& memory, Route* route, std::int64_t
   limiter_.declare(memory, route, n, name);
   const std::int64_t k = place_.top_k, rows = max_rows(n), expected = expected_rows(n);
   const DType S = backend_.statistics_type();
-  details->sent.declare(memory, place_, n, name);
+  details->sent.declare(memory, backend_, place_, n, name);
   // The rows of the own tokens come first, as chunk 0.
-  memory.add_rows(&details->topk, name + ".received_topk", {n + rows, k}, n + expected, DType::I32,
-                  "routing");
+  details->topk.plan(memory, backend_, name + ".received_topk", {n + rows, k}, n + expected, DType::I32,
+                     "routing");
   memory.add_rows(&details->weights, name + ".received_weights", {rows, k}, expected, S, "routing");
   memory.add_rows(&details->token_slots, name + ".token_slots", {n + rows, k}, n + expected, DType::I32,
                   "routing");
   memory.add_rows(&details->slot_source, name + ".slot_source", {(n + rows) * k}, (n + expected) * k,
                   DType::I32, "routing");
-  memory.add(&details->offsets, name + ".offsets", {(1 + place_.chunks) * (place_.local_experts + 1)},
-             DType::I64, "routing");
+  details->offsets.plan(memory, backend_, name + ".offsets",
+                        {(1 + place_.chunks) * (place_.local_experts + 1)}, DType::I64, "routing");
   route->chunks.resize(1 + place_.chunks);
 }
 
@@ -164,12 +177,18 @@ void AllToAllRowExchange::declare_shared(MemoryPlan& memory, std::int64_t n, std
   const DType C = backend_.compute_type(), S = backend_.statistics_type();
   memory.add(&outbox_, "exchange outbox", {n + sent, d}, C, "exchange");
   memory.add_rows(&inbox_, "exchange inbox", {rows, d}, expected, C, "exchange");
-  memory.add(&out_scalars_, "exchange scalars out", {n + sent, k}, S, "exchange");
+  out_scalars_.plan(memory, backend_, "exchange scalars out", {n + sent, k}, S, "exchange");
+  if (backend_.device() != Device::CPU) {  // else what the callers pass is at hand
+    memory.add_shared(&kept_, "exchange choices", {n, k}, DType::I32, "exchange");
+    memory.add_shared(&kept_weights_, "exchange weights", {n, k}, S, "exchange");
+    memory.add_shared(&sums_, "exchange scalars summed", {n, k}, S, "exchange");
+  }
   memory.add_rows(&in_scalars_, "exchange scalars in", {rows, k}, expected, S, "exchange");
-  memory.add(&sent_topk_, "exchange choices sent", {sent, k}, DType::I32, "exchange");
-  memory.add(&sent_weights_, "exchange weights sent", {sent, k}, S, "exchange");
-  memory.add_rows(&arrived_topk_, "exchange choices arrived", {rows, k}, expected, DType::I32, "exchange");
-  memory.add_rows(&arrived_weights_, "exchange weights arrived", {rows, k}, expected, S, "exchange");
+  memory.add_shared(&sent_topk_, "exchange choices sent", {sent, k}, DType::I32, "exchange");
+  memory.add_shared(&sent_weights_, "exchange weights sent", {sent, k}, S, "exchange");
+  memory.add_shared_rows(&arrived_topk_, "exchange choices arrived", {rows, k}, expected, DType::I32,
+                         "exchange");
+  memory.add_shared_rows(&arrived_weights_, "exchange weights arrived", {rows, k}, expected, S, "exchange");
   transport_->declare_shared(
       memory, place_,
       {.n = n, .d = d, .compute = C, .statistics = S, .expected_load = options_.expected_load});
@@ -189,12 +208,16 @@ void AllToAllRowExchange::plan(const Tensor& topk, const Tensor& weights, Route*
   route->tokens = n;
   route->weights = weights;
   limiter_.apply(topk, weights, route);
-  const Tensor kept = route->kept.rows(0, n);
-  backend_.synchronize(stream);  // choices are read on the host: who sends how much decides what is received
-  details.sent.plan(place_, kept, weights, sent_topk_, sent_weights_);
+  // Choices are read on the host: who sends how much decides what is received.
+  const Tensor kept = on_host(route->kept.rows(0, n), kept_, stream);
+  const Tensor kept_weights = on_host(weights, kept_weights_, stream);
+  backend_.synchronize(stream);
+  details.sent.plan(place_, kept, kept_weights, sent_topk_, sent_weights_);
+  details.sent.upload(backend_, stream);
   exchange_routes(details, route);
   sort_own(kept, details, route, stream);
   sort_received(details, route, stream);
+  count_slots(details, route, stream);
   require_room(details, "slots", route->slots, max_slots(n));
 }
 
@@ -248,7 +271,7 @@ RowMovement AllToAllRowExchange::from_experts(const Route& route, int chunk, con
 void AllToAllRowExchange::sort_own(const Tensor& kept, Details& details, Route* route, Stream* stream) {
   const std::int64_t n = route->tokens, k = place_.top_k, first = first_expert();
   const std::int32_t* chosen = kept.ptr<std::int32_t>();
-  std::int32_t* own = details.topk.ptr<std::int32_t>();
+  std::int32_t* own = details.topk.host().ptr<std::int32_t>();
   for (std::int64_t i = 0; i < n * k; ++i) {
     const std::int64_t expert = chosen[i] - first;
     own[i] = chosen[i] >= 0 && 0 <= expert && expert < place_.local_experts
@@ -257,15 +280,13 @@ void AllToAllRowExchange::sort_own(const Tensor& kept, Details& details, Route* 
   }
   RouteChunk& chunk = route->chunks[0];
   chunk.rows = n;
-  chunk.offsets = details.offsets.rows(0, place_.local_experts + 1);
+  details.topk.upload(0, n, backend_, stream);
+  chunk.offsets = details.offsets.device().rows(0, place_.local_experts + 1);
   chunk.slot_source = details.slot_source.rows(0, n * k);
   chunk.token_slots = details.token_slots.rows(0, n);
   chunk.weights = route->weights;
-  backend_.sort_slots({details.topk.rows(0, n), chunk.offsets, chunk.slot_source, chunk.token_slots}, stream);
-  backend_.synchronize(stream);
-  chunk.slot_begin = 0;
-  chunk.slots = chunk.offsets.ptr<std::int64_t>()[place_.local_experts];
-  route->slots = chunk.slots;
+  backend_.sort_slots({details.topk.device().rows(0, n), chunk.offsets, chunk.slot_source, chunk.token_slots},
+                      stream);
 }
 
 // The choices arrived by source; the rows come chunk by chunk, and by source within a chunk.
@@ -280,22 +301,33 @@ void AllToAllRowExchange::sort_received(Details& details, Route* route, Stream* 
     for (int source = 0; source < place_.ranks; ++source) {
       const auto [from, count] = sent.arrived(source, c);
       std::copy_n(arrived_topk_.ptr<std::int32_t>() + from * k, count * k,
-                  details.topk.ptr<std::int32_t>() + (n + row) * k);
+                  details.topk.host().ptr<std::int32_t>() + (n + row) * k);
       if (count > 0) {
         backend_.convert(arrived_weights_.rows(from, from + count), details.weights.rows(row, row + count),
                          stream);
       }
       row += count;
     }
-    chunk.offsets = details.offsets.rows(c * width, (c + 1) * width);
+    details.topk.upload(n + begin, n + row, backend_, stream);
+    chunk.offsets = details.offsets.device().rows(c * width, (c + 1) * width);
     chunk.slot_source = details.slot_source.rows((n + begin) * k, (n + row) * k);
     chunk.token_slots = details.token_slots.rows(n + begin, n + row);
     chunk.weights = details.weights.rows(begin, row);
     backend_.sort_slots(
-        {details.topk.rows(n + begin, n + row), chunk.offsets, chunk.slot_source, chunk.token_slots}, stream);
-    backend_.synchronize(stream);
+        {details.topk.device().rows(n + begin, n + row), chunk.offsets, chunk.slot_source, chunk.token_slots},
+        stream);
+  }
+}
+
+// How many slots each chunk has: the host must know, since buffers are cut accordingly.
+void AllToAllRowExchange::count_slots(const Details& details, Route* route, Stream* stream) const {
+  details.offsets.download(backend_, stream);
+  const std::int64_t width = place_.local_experts + 1;
+  route->slots = 0;
+  for (std::size_t c = 0; c < route->chunks.size(); ++c) {
+    RouteChunk& chunk = route->chunks[c];
     chunk.slot_begin = route->slots;
-    chunk.slots = chunk.offsets.ptr<std::int64_t>()[place_.local_experts];
+    chunk.slots = details.offsets.host().ptr<std::int64_t>()[c * width + place_.local_experts];
     route->slots += chunk.slots;
   }
 }
@@ -357,7 +389,8 @@ void AllToAllRowExchange::start_scalars(const Route& route, int chunk, const Ten
                                         Stream* stream) {
   const RouteChunk& c = route.chunks[chunk];
   if (chunk == 0) {
-    backend_.scatter_scalars({slot_scalars, c.token_slots, out_scalars_.rows(0, route.tokens)}, stream);
+    backend_.scatter_scalars({slot_scalars, c.token_slots, out_scalars_.device().rows(0, route.tokens)},
+                             stream);
     return;
   }
   const SentRows& sent = of(route).sent;
@@ -365,7 +398,7 @@ void AllToAllRowExchange::start_scalars(const Route& route, int chunk, const Ten
   backend_.scatter_scalars({slot_scalars, c.token_slots, back}, stream);
   backend_.synchronize(stream);
   const std::int64_t n = route.tokens;
-  const Tensor home = out_scalars_.rows(n + sent.send_begin(chunk), n + sent.send_begin(chunk + 1));
+  const Tensor home = out_scalars_.device().rows(n + sent.send_begin(chunk), n + sent.send_begin(chunk + 1));
   RowMovement scalars = from_experts(route, chunk, back, home);
   scalars.lane = RowLane::Scalars;
   scalars.labels = &kScalars;
@@ -374,14 +407,18 @@ void AllToAllRowExchange::start_scalars(const Route& route, int chunk, const Ten
 
 void AllToAllRowExchange::finish_scalars(const Route& route, const Tensor& scalars, Stream* stream) {
   for (Event& event : scalars_) finish(&event);
-  backend_.synchronize(stream);
   const Details& details = of(route);
-  const Tensor own = details.topk.rows(0, route.tokens);
-  if (scalars.dtype == DType::F64) {
-    details.sent.add_scalars(own, out_scalars_.ptr<double>(), scalars.ptr<double>());
+  const std::int64_t n = route.tokens;
+  out_scalars_.download(0, n + details.sent.sent(), backend_, stream);
+  const Tensor own = details.topk.host().rows(0, n), out = out_scalars_.host();
+  const bool apart = scalars.device != Device::CPU;
+  const Tensor sums = apart ? sums_.rows(0, n) : scalars;
+  if (sums.dtype == DType::F64) {
+    details.sent.add_scalars(own, out.ptr<double>(), sums.ptr<double>());
   } else {
-    details.sent.add_scalars(own, out_scalars_.ptr<float>(), scalars.ptr<float>());
+    details.sent.add_scalars(own, out.ptr<float>(), sums.ptr<float>());
   }
+  if (apart) backend_.copy(sums, scalars, stream);
 }
 
 }  // namespace

@@ -45,12 +45,17 @@ std::vector<std::int64_t> begins_of(const std::vector<std::vector<std::int64_t>>
 
 }  // namespace
 
-void SentRows::declare(MemoryPlan& memory, const ExchangePlace& place, std::int64_t n,
+void SentRows::declare(MemoryPlan& memory, const Backend& backend, const ExchangePlace& place, std::int64_t n,
                        const std::string& name) {
   const std::int64_t most = place.most_sent(n);
-  memory.add(&tokens_, name + ".sent_tokens", {most}, DType::I32, "routing");
-  memory.add(&token_rows_, name + ".token_rows", {n, place.most_ranks()}, DType::I32, "routing");
-  memory.add(&choices_, name + ".sent_choices", {most, place.top_k}, DType::I32, "routing");
+  tokens_.plan(memory, backend, name + ".sent_tokens", {most}, DType::I32, "routing");
+  token_rows_.plan(memory, backend, name + ".token_rows", {n, place.most_ranks()}, DType::I32, "routing");
+  memory.add_shared(&choices_, name + ".sent_choices", {most, place.top_k}, DType::I32, "routing");
+}
+
+void SentRows::upload(Backend& backend, Stream* stream) const {
+  tokens_.upload(0, sent(), backend, stream);
+  token_rows_.upload(0, tokens_planned_, backend, stream);
 }
 
 void SentRows::count(const ExchangePlace& place, const Tensor& kept) {
@@ -69,7 +74,7 @@ void SentRows::count(const ExchangePlace& place, const Tensor& kept) {
 
 void SentRows::plan(const ExchangePlace& place, const Tensor& kept, const Tensor& weights,
                     const Tensor& sent_topk, const Tensor& sent_weights) {
-  const std::int64_t n = kept.rows(), k = place.top_k, width = token_rows_.shape[1];
+  const std::int64_t n = kept.rows(), k = place.top_k, width = token_rows_.host().shape[1];
   tokens_planned_ = n;
   top_k_ = k;
   count(place, kept);
@@ -88,7 +93,7 @@ void SentRows::plan(const ExchangePlace& place, const Tensor& kept, const Tensor
   char* sent_weight = static_cast<char*>(sent_weights.data);
   PartsOfToken parts(chosen, k, place.local_experts);
   for (std::int64_t t = 0; t < n; ++t) {
-    std::int32_t* places = token_rows_.ptr<std::int32_t>() + t * width;
+    std::int32_t* places = token_rows_.host().ptr<std::int32_t>() + t * width;
     std::fill_n(places, width, -1);
     std::vector<std::int64_t>& next = row_of[place.chunk_of(t, n) - 1];
     for (const std::int64_t part : parts(t)) {
@@ -99,7 +104,7 @@ void SentRows::plan(const ExchangePlace& place, const Tensor& kept, const Tensor
         }
         const std::int64_t row = next[rank]++, beside = beside_of[rank]++;
         *places++ = static_cast<std::int32_t>(n + row);
-        tokens_.ptr<std::int32_t>()[row] = static_cast<std::int32_t>(t);
+        tokens_.host().ptr<std::int32_t>()[row] = static_cast<std::int32_t>(t);
         std::int32_t* choices = choices_.ptr<std::int32_t>() + row * k;
         std::int32_t* topk = sent_topk.ptr<std::int32_t>() + beside * k;
         char* weights_beside = sent_weight + beside * k * weight_bytes;
@@ -153,12 +158,12 @@ std::pair<std::int64_t, std::int64_t> SentRows::arrived(int source, int chunk) c
 
 template <class T>
 void SentRows::add_scalars(const Tensor& own, const T* scalars, T* target) const {
-  const std::int64_t n = tokens_planned_, k = top_k_, width = token_rows_.shape[1];
+  const std::int64_t n = tokens_planned_, k = top_k_, width = token_rows_.host().shape[1];
   const std::int32_t *own_topk = own.ptr<std::int32_t>(), *choices = choices_.ptr<std::int32_t>();
   std::fill_n(target, n * k, T{0});
   for (std::int64_t t = 0; t < n; ++t) {
     for (std::int64_t i = 0; i < width; ++i) {
-      const std::int64_t row = token_rows_.ptr<std::int32_t>()[t * width + i];
+      const std::int64_t row = token_rows_.host().ptr<std::int32_t>()[t * width + i];
       if (row < 0) break;
       const T* of_row = scalars + row * k;
       for (std::int64_t j = 0; j < k; ++j) {

@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "core/memory_plan.h"
+#include "core/mirrored.h"
 #include "core/tensor.h"
 
 namespace hybridmoe {
@@ -30,7 +30,8 @@ struct ExchangePlace {
 
 class SentRows {
  public:
-  void declare(MemoryPlan& memory, const ExchangePlace& place, std::int64_t n, const std::string& name);
+  void declare(MemoryPlan& memory, const Backend& backend, const ExchangePlace& place, std::int64_t n,
+               const std::string& name);
 
   // From kept [n, k] I32 and weights [n, k] S, both in host memory. sent_topk [rows, k] I32 and sent_weights
   // [rows, k] S = what travels beside each row, ordered by destination, then token: the local numbers of the
@@ -54,14 +55,16 @@ class SentRows {
   // First row and number of rows of (source, chunk) in what arrived ordered by source, then chunk.
   std::pair<std::int64_t, std::int64_t> arrived(int source, int chunk) const;
 
-  const Tensor& tokens() const { return tokens_; }  // [rows] I32: the token of each sent row
+  // Queues the copies of what operators read of the plan.
+  void upload(Backend& backend, Stream* stream) const;
+  const Tensor& tokens() const { return tokens_.device(); }  // [rows] I32: the token of each sent row
   // [n, most_ranks] I32: where the rows that come back for a token lie, in ascending order of the ranks: t
   // for the own rank, n + row for others; then -1.
-  const Tensor& token_rows() const { return token_rows_; }
+  const Tensor& token_rows() const { return token_rows_.device(); }
 
   // target [n, k] = the scalars of its choices, summed in ascending order of the ranks, 0 where dropped.
   // scalars [n + rows, k]: of the own rank by choice (own [n, k] I32 >= 0 where it has a slot), of the others
-  // as sent_topk.
+  // as sent_topk. All in host memory.
   template <class T>
   void add_scalars(const Tensor& own, const T* scalars, T* target) const;
 
@@ -72,7 +75,7 @@ class SentRows {
   std::int64_t tokens_planned_ = 0, top_k_ = 1;
   std::vector<std::vector<std::int64_t>> send_rows_, recv_rows_;  // [chunk][rank]
   std::vector<std::int64_t> send_begin_, recv_begin_;             // [chunks + 1]
-  Tensor tokens_, token_rows_;
+  Mirrored tokens_, token_rows_;
   Tensor choices_;  // [rows, k] I32: index t · k + j of each choice that travels with a row, then -1
 };
 

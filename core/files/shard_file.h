@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <string>
 #include <utility>
@@ -18,9 +19,8 @@
 namespace hybridmoe {
 
 struct ShardArray {
-  std::string name;  // "master", "adam_m"
-  std::vector<Tensor>
-      pieces;  // one behind the other in the file; each contiguous, in host memory, of one type
+  std::string name;            // "master", "adam_m"
+  std::vector<Tensor> pieces;  // one behind the other in the file; each contiguous, of one type
 
   ShardArray(std::string name_in, std::vector<Tensor> pieces_in)
       : name(std::move(name_in)), pieces(std::move(pieces_in)) {}
@@ -33,9 +33,14 @@ struct ShardInfo {
   std::uint64_t checksum = 0;
 };
 
+// Calls use(part) for consecutive flat parts of a tensor, in host memory.
+using ReadParts =
+    std::function<void(const Tensor& tensor, const std::function<void(const Tensor& part)>& use)>;
+
 // Writes the file aside, syncs and renames it. Throws Error, and then there is no file of that name or the
-// old one.
-ShardInfo write_shard(const std::string& path, std::span<const ShardArray> arrays);
+// old one. `read` is needed where pieces lie elsewhere than in host memory.
+ShardInfo write_shard(const std::string& path, std::span<const ShardArray> arrays,
+                      const ReadParts& read = {});
 
 class ShardReader {
  public:

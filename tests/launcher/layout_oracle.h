@@ -28,22 +28,22 @@ struct OracleRun {
 
 // A model of the configuration with a key/value cache and its initial values: logits behind growing contexts,
 // a prompt of three tokens first. Collective over groups.world.
-inline std::vector<std::vector<double>> generated_logits(const Config& config, const Groups& groups) {
+inline std::vector<std::vector<double>> generated_logits(const Config& config, const Groups& groups,
+                                                         Backend& backend) {
   const ModelConfig& model = config.model();
-  const auto backend = backend_of(config.precision());
   std::unique_ptr<RowExchange> exchange;
   if (model.has_moe()) {
-    exchange = make_row_exchange(*backend, groups, model.moe().experts(), model.moe().top_k(), {}, {});
+    exchange = make_row_exchange(backend, groups, model.moe().experts(), model.moe().top_k(), {}, {});
   }
   ParameterStore parameters;
   MemoryPlan memory;
-  Transformer transformer(model, config.optimizer(), *backend, groups, exchange.get(), parameters);
+  Transformer transformer(model, config.optimizer(), backend, groups, exchange.get(), parameters);
   const Transformer::Size size{.length = 3, .training = false, .cache_positions = 8};
-  parameters.plan(memory, backend->compute_type(), backend->statistics_type(), 1 << 16, false);
+  parameters.plan(memory, backend.compute_type(), backend.statistics_type(), 1 << 16, false);
   transformer.plan(memory, size);
-  memory.commit(*backend);
+  memory.commit(backend);
   transformer.prepare();
-  parameters.initialise(config.seed(), *backend);
+  parameters.initialise(config.seed(), backend);
   Generator generator(transformer, size, {.temperature = 0}, 1);
   const std::vector<std::int32_t> prompt = {1, 5, 2};
   generator.append(prompt);
@@ -58,7 +58,7 @@ inline std::vector<std::vector<double>> generated_logits(const Config& config, c
 
 inline OracleRun record_run(TrainerHarness& harness, const Groups& groups, int steps) {
   OracleRun run;
-  run.logits = generated_logits(harness.config(), groups);
+  run.logits = generated_logits(harness.config(), groups, harness.backend());
   for (int step = 1; step <= steps; ++step) {
     run.steps.push_back(harness->step(false));
     run.smallest_clip = std::min(run.smallest_clip, run.steps.back().clip_factor);
@@ -184,7 +184,7 @@ inline void compare_local_weights(TrainerHarness& harness, const TrainerState& s
   const ParameterStore& parameters = harness->parameters();
   for (ParameterStore::Id id = 0; id < parameters.size(); ++id) {
     const ParameterSpec& spec = parameters.spec(id);
-    const std::vector<double> local = values_of(parameters.weight(id));
+    const std::vector<double> local = harness.values(parameters.weight(id));
     std::vector<double> expected;
     for (const GlobalRun& run : spec.runs) {
       const std::vector<double>& all = state.at(spec.name).master;

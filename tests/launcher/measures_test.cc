@@ -296,9 +296,10 @@ TEST_F(Measures, AWrongGradientTableIsNamed) {
                table.insert(table.end(), {squares, 0.0});
              }
              const Tensor view(table.data(), DType::F64, {std::ssize(table) / kGradColumns, kGradColumns});
-             EXPECT_EQ(check_gradient_table(harness->parameters(), view, groups), "");
+             EXPECT_EQ(check_gradient_table(harness->parameters(), view, groups, harness->host()), "");
              table[kGradColumns * 1 + kGradSquares] *= 1 + 1e-6;
-             const std::string error = check_gradient_table(harness->parameters(), view, groups);
+             const std::string error =
+                 check_gradient_table(harness->parameters(), view, groups, harness->host());
              const GradientRow row = harness->parameters().table()[1];
              EXPECT_EQ(error.find(cat(name_of(row.kind), " of layer ", row.layer, ": ")), 0) << error;
            });

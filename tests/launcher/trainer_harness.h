@@ -6,6 +6,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -16,6 +17,7 @@
 #include "launcher/exchange_choice.h"
 #include "launcher/trainer.h"
 #include "parallel/row_exchange.h"
+#include "parallel/staged_communicator.h"
 #include "proto/data.pb.h"
 #include "tests/moe/model_harness.h"
 
@@ -89,6 +91,10 @@ class TrainerHarness {
     data_ = Dataset::open(config_);
     complete(&config_, data_->vocabulary());
     backend_ = substitutes.backend ? std::move(substitutes.backend) : backend_of(config_.precision());
+    if (backend_->device() != Device::CPU) {
+      staged_.emplace(groups_, *backend_);
+      groups_ = staged_->groups();
+    }
     if (config_.model().has_moe()) {
       const MoeConfig& moe = config_.model().moe();
       exchange_ =
@@ -109,6 +115,7 @@ class TrainerHarness {
   Config& config() { return config_; }
   const Dataset& data() const { return *data_; }
   Communicator& world() { return *groups_.world; }
+  const Groups& groups() const { return groups_; }
   Backend& backend() { return *backend_; }
 
   // Of the last step. Collective over the world.
@@ -124,9 +131,9 @@ class TrainerHarness {
                         std::vector<double>(n)};
     }
     for (const auto& bucket : parameters.buckets()) {
-      const std::vector<double> gradient = values_of(bucket.owned_gradient()),
-                                master = values_of(bucket.owned_master()), m = values_of(bucket.m),
-                                v = values_of(bucket.v);
+      const std::vector<double> gradient = values(bucket.owned_gradient()),
+                                master = values(bucket.owned_master()), m = values(bucket.m),
+                                v = values(bucket.v);
       for (const auto& range : bucket.owned) {
         ParameterState& place = *places[range.parameter];
         for (std::int64_t i = 0; i < range.length; ++i) {
@@ -151,7 +158,12 @@ class TrainerHarness {
   // Takes over another trainer's weights and moments, and its progress.
   void set_state(const TrainerState& state, const Progress& progress) {
     const auto write = [&](const Tensor& target, std::vector<double> values) {
-      backend_->convert(Tensor(values.data(), DType::F64, {std::ssize(values)}), target, nullptr);
+      const Tensor all(values.data(), DType::F64, {std::ssize(values)});
+      std::int64_t begin = 0;
+      trainer_->host().write(target, [&](const Tensor& part) {
+        make_reference_backend()->convert(all.flat(begin, begin + part.elements()), part, nullptr);
+        begin += part.elements();
+      });
     };
     trainer_->wait_weights();
     for (const auto& bucket : trainer_->parameters().buckets()) {
@@ -171,19 +183,29 @@ class TrainerHarness {
     trainer_->restored();
   }
 
+  // Of a contiguous tensor, wherever it lies.
+  std::vector<double> values(const Tensor& tensor) {
+    std::vector<double> result;
+    trainer_->host().read(tensor, [&](const Tensor& part) {
+      const std::vector<double> more = values_of(part);
+      result.insert(result.end(), more.begin(), more.end());
+    });
+    return result;
+  }
+
   // The weights this rank computes with, by parameter, where it holds all of them.
   std::map<std::string, std::vector<double>> weights() {
     trainer_->wait_weights();
     std::map<std::string, std::vector<double>> result;
     for (ParameterStore::Id id = 0; id < trainer_->parameters().size(); ++id) {
-      result[trainer_->parameters().spec(id).name] = values_of(trainer_->parameters().weight(id));
+      result[trainer_->parameters().spec(id).name] = values(trainer_->parameters().weight(id));
     }
     return result;
   }
 
   std::vector<std::vector<double>> biases() {
     std::vector<std::vector<double>> result;
-    for (const Tensor& bias : trainer_->router_biases()) result.push_back(values_of(bias));
+    for (const Tensor& bias : trainer_->router_biases()) result.push_back(values(bias));
     return result;
   }
 
@@ -193,6 +215,7 @@ class TrainerHarness {
   Groups groups_;
   std::unique_ptr<Dataset> data_;
   std::unique_ptr<Backend> backend_;
+  std::optional<StagedGroups> staged_;
   std::unique_ptr<RowExchange> exchange_;
   std::unique_ptr<Trainer> trainer_;
 };
