@@ -13,6 +13,7 @@
 #include "core/config/layers.h"
 #include "core/config/load.h"
 #include "core/config/validate.h"
+#include "core/cuda_plugin.h"
 #include "core/limits.h"
 #include "launcher/checkpoint.h"
 #include "launcher/exchange_choice.h"
@@ -23,6 +24,7 @@
 #include "parallel/mesh.h"
 #include "parallel/mesh_table.h"
 #include "parallel/row_exchange.h"
+#include "parallel/staged_communicator.h"
 #include "parallel/watched_communicator.h"
 
 namespace hybridmoe {
@@ -83,7 +85,10 @@ class Worker {
 
  private:
   void load();
+  std::string choose_device();
   std::string choose_precision();
+  void keep_precision(std::string* reason);
+  void make_backend();
   void start_watchdog();
   void choose_backend();
   void choose_transport();
@@ -120,7 +125,9 @@ class Worker {
   std::unique_ptr<Dataset> data_;
   int threads_ = 1;
   Precision precision_ = F32;
+  int devices_ = 0;  // GPUs of this host, when they are what computes
   std::unique_ptr<Backend> backend_;
+  std::optional<StagedGroups> staged_;
   std::optional<MeasuredChoice> transport_;  // of the exchange; without one: nothing moves
   std::unique_ptr<RowExchange> exchange_;
   std::optional<RunDirectory> directory_;  // on rank 0
@@ -205,8 +212,36 @@ void Worker::start_watchdog() {
                                     << "; training goes on";
 }
 
+// Decides for all ranks whether GPUs compute, and returns why.
+std::string Worker::choose_device() {
+  if (config_.device() == Config::CPU) return "as configured";
+  if (config_.precision() == F64) return "F64 is the reference backend's";
+  std::string lacking;
+  try {
+    devices_ = cuda_device_count();
+  } catch (const Error& none) {
+    lacking = none.what();
+  }
+  if (config_.device() == Config::CUDA) {
+    world().agree(lacking, "devices");
+    return "as configured";
+  }
+  // One rank without a GPU decides for all.
+  const std::vector<std::string> all = world().gather_strings(lacking, "devices");
+  for (int rank = 0; rank < std::ssize(all); ++rank) {
+    if (all[rank].empty()) continue;
+    devices_ = 0;
+    return world().size() == 1 ? all[rank] : cat(all[rank], " (rank ", rank, ")");
+  }
+  return "every rank has a GPU";
+}
+
 // The compute type of all ranks, and why it is this one.
 std::string Worker::choose_precision() {
+  if (devices_ > 0) {
+    precision_ = config_.precision() == AUTO ? BF16 : config_.precision();
+    return config_.precision() == AUTO ? "GPUs multiply bf16" : "as configured";
+  }
   // One rank whose CPU lacks bf16 products decides for all: they exchange weights in the compute type.
   std::int32_t lacking = cpu_multiplies_bf16() ? 0 : 1;
   world().all_reduce(Tensor(&lacking, DType::I32, {1}), ReduceOp::Max, "bf16 products").wait();
@@ -221,18 +256,21 @@ std::string Worker::choose_precision() {
     reason =
         "BF16 was asked for, but a rank's CPU does not multiply bf16; emulate_bf16: true would imitate it";
   }
-  // A continued run computes in the type it began with, whatever these machines would choose.
+  return reason;
+}
+
+// A continued run computes in the type it began with, whatever these machines would choose.
+void Worker::keep_precision(std::string* reason) {
   together(world(), "compute type", [&] {
     for (const MeasuredChoice& choice : manifest_.choice()) {
       if (choice.name() != "precision") continue;
       Precision before = F32;
       require(Precision_Parse(choice.value(), &before), "the checkpoint's precision ", choice.value(),
               " is unknown");
-      if (before != precision_) reason = "as the run began";
+      if (before != precision_) *reason = "as the run began";
       precision_ = before;
     }
   });
-  return reason;
 }
 
 void Worker::choose_transport() {
@@ -244,19 +282,37 @@ void Worker::choose_transport() {
   transport_ = choose_exchange(config_, *backend_, groups_, before);
 }
 
-void Worker::choose_backend() {
-  threads_ = threads_per_rank(config_, world());
-  const std::string reason = choose_precision();
-  if (options_.resume && manifest_.layout().threads() != threads_) {
-    LOG_IF(WARNING, first()) << "the run had " << manifest_.layout().threads() << " threads per rank, now "
-                             << threads_ << ": it goes on equal to rounding, not to the bit";
-  }
-  if (precision_ == F64) {
+void Worker::make_backend() {
+  if (devices_ > 0) {
+    // Neighbours on a host take its devices in turns.
+    const std::vector<int>& hosts = ranks_.hosts().of_rank;
+    const auto here = hosts.begin() + ranks_.communicator().rank();
+    const auto before = static_cast<int>(std::count(hosts.begin(), here, *here));
+    together(world(), "device", [&] {
+      backend_ = make_cuda_backend(
+          {.compute_type = precision_ == BF16 ? DType::BF16 : DType::F32, .device = before % devices_});
+    });
+    staged_.emplace(groups_, *backend_);
+    groups_ = staged_->groups();
+  } else if (precision_ == F64) {
     backend_ = make_reference_backend();
   } else {
     backend_ = make_cpu_backend(
         {.compute_type = precision_ == BF16 ? DType::BF16 : DType::F32, .threads = threads_});
   }
+}
+
+void Worker::choose_backend() {
+  threads_ = threads_per_rank(config_, world());
+  const std::string device = choose_device();
+  say(world(), cat("device ", devices_ > 0 ? "CUDA" : "CPU", ": ", device));
+  std::string reason = choose_precision();
+  keep_precision(&reason);
+  if (options_.resume && manifest_.layout().threads() != threads_) {
+    LOG_IF(WARNING, first()) << "the run had " << manifest_.layout().threads() << " threads per rank, now "
+                             << threads_ << ": it goes on equal to rounding, not to the bit";
+  }
+  make_backend();
   backend_->set_progress_hook([](void* world) { static_cast<Communicator*>(world)->progress(); }, &world());
   choose_transport();
 

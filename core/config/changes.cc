@@ -15,6 +15,7 @@ using Field = google::protobuf::FieldDescriptor;
 constexpr const char* kFree[] = {
     "name",
     "steps",
+    "device",
     "optimizer",
     "schedule",
     "checkpoint",

@@ -172,6 +172,8 @@ void add_products(Cases& cases) {
     add_linear({major + "_experts", 23, 12, 10, layout, false, 0, {5, 0, 17, 1, 0}}, cases);
     add_linear({major + "_experts_accumulate", 23, 12, 10, layout, true, 0, {5, 0, 17, 1, 0}}, cases);
     add_linear({major + "_experts_spare_rows", 40, 16, 32, layout, false, 0, {0, 9, 16}}, cases);
+    add_linear({major + "_across_tiles", 200, 72, 136, layout, false, 8}, cases);
+    add_linear({major + "_experts_across_tiles", 200, 72, 136, layout, false, 0, {70, 0, 129}}, cases);
     add_linear({major + "_experts_all_empty", 6, 8, 8, layout, false, 0, {0, 0}}, cases);
   }
   cases.push_back(linear_logits({"logits_accumulate", 11, 40, 6, kOut, true}));

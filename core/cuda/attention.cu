@@ -1,0 +1,107 @@
+// Causal grouped-query attention.
+#include "core/cuda/attention_rows.h"
+#include "core/cuda/attention_tiles.h"
+#include "core/cuda/cuda_backend.h"
+#include "core/cuda/partials.h"
+
+namespace hybridmoe::cuda {
+namespace {
+
+// Calls body(Constant<D>()) for the head sizes that there are tiles for; false: not this one, or not these
+// tensors.
+template <class Body>
+bool with_tiles(const AttentionForward& op, std::initializer_list<const Tensor*> others, const Body& body) {
+  if (op.q.dtype != DType::BF16 || !in_vectors(op.head_dim, {&op.q, &op.k, &op.v, &op.o})) return false;
+  for (const Tensor* other : others)
+    if (!in_vectors(op.head_dim, {other})) return false;
+  switch (op.head_dim) {
+    case 32:
+      return body(Constant<32>()), true;
+    case 64:
+      return body(Constant<64>()), true;
+    case 128:
+      return body(Constant<128>()), true;
+    default:
+      return false;
+  }
+}
+
+}  // namespace
+
+void CudaBackend::attention_forward(const AttentionForward& op, Stream* stream) {
+  const AttentionShape shape(op);
+  const std::int64_t units = shape.batch * shape.heads * shape.queries;
+  if (units == 0) return;
+  float* maxima = nullptr;
+  std::int64_t count = units;
+  const bool in_tiles = with_tiles(op, {}, [&]<int D>(Constant<D>) {
+    using Kernel = AttentionTilesForward<D>;
+    const std::int64_t blocks = divide_up(shape.queries, Kernel::kQueries), rows = shape.batch * shape.heads;
+    count = blocks * rows * Kernel::kQueries;
+    if (!op.logit_max.empty()) maxima = workspace<float>(count, stream);
+    launch(Kernel{shape, Rows<const BFloat16>(op.q), Rows<const BFloat16>(op.k), Rows<const BFloat16>(op.v),
+                  Rows<BFloat16>(op.o), elements<float>(op.lse), maxima},
+           {.x = blocks, .y = rows, .threads = Kernel::kThreads, .shared_bytes = Kernel::kSharedBytes},
+           stream);
+  });
+  if (!in_tiles && !op.logit_max.empty()) maxima = workspace<float>(units, stream);
+  if (!in_tiles)
+    with_type(compute_type_, [&]<class C>(C) {
+      using Kernel = AttentionRowsForward<C>;
+      launch(Kernel{shape, Rows<const C>(op.q), Rows<const C>(op.k), Rows<const C>(op.v), Rows<C>(op.o),
+                    elements<float>(op.lse), maxima},
+             {.x = divide_up(units, kAttentionWarps),
+              .threads = Kernel::kThreads,
+              .shared_bytes = WarpVectors::bytes(2, shape.head_dim)},
+             stream);
+    });
+  if (maxima != nullptr) join_partials<Larger>(maxima, count, 1, elements<double>(op.logit_max), stream);
+}
+
+void CudaBackend::attention_backward(const AttentionBackward& op, Stream* stream) {
+  const AttentionForward& f = op.forward;
+  const AttentionShape shape(f);
+  const std::int64_t units = shape.batch * shape.heads * shape.queries;
+  if (units == 0) return;
+  auto *lse = elements<const float>(f.lse), *delta = elements<const float>(op.delta);
+  with_type(compute_type_, [&]<class C>(C) {
+    using Delta = AttentionDelta<C>;
+    launch(Delta{shape, Rows<const C>(f.o), Rows<const C>(op.do_), elements<float>(op.delta)},
+           {.x = divide_up(units, kAttentionWarps), .threads = Delta::kThreads}, stream);
+  });
+  const bool in_tiles = with_tiles(f, {&op.do_, &op.dq, &op.dk, &op.dv}, [&]<int D>(Constant<D>) {
+    const Rows<const BFloat16> q(f.q), k(f.k), v(f.v), d_o(op.do_);
+    using Query = AttentionTilesBackwardQuery<D>;
+    launch(Query{shape, q, k, v, d_o, lse, delta, Rows<BFloat16>(op.dq)},
+           {.x = divide_up(shape.queries, Query::kQueries),
+            .y = shape.batch * shape.heads,
+            .threads = Query::kThreads,
+            .shared_bytes = Query::kSharedBytes},
+           stream);
+    using Key = AttentionTilesBackwardKey<D>;
+    launch(Key{shape, q, k, v, d_o, lse, delta, Rows<BFloat16>(op.dk), Rows<BFloat16>(op.dv)},
+           {.x = divide_up(shape.keys, Key::kKeys),
+            .y = shape.batch * shape.kv_heads,
+            .threads = Key::kThreads,
+            .shared_bytes = Key::kSharedBytes},
+           stream);
+  });
+  if (in_tiles) return;
+  with_type(compute_type_, [&]<class C>(C) {
+    const Rows<const C> q(f.q), k(f.k), v(f.v), d_o(op.do_);
+    using Query = AttentionRowsBackwardQuery<C>;
+    launch(Query{shape, q, k, v, d_o, lse, delta, Rows<C>(op.dq)},
+           {.x = divide_up(units, kAttentionWarps),
+            .threads = Query::kThreads,
+            .shared_bytes = WarpVectors::bytes(3, shape.head_dim)},
+           stream);
+    using Key = AttentionRowsBackwardKey<C>;
+    launch(Key{shape, q, k, v, d_o, lse, delta, Rows<C>(op.dk), Rows<C>(op.dv)},
+           {.x = divide_up(shape.batch * shape.kv_heads * shape.keys, kAttentionWarps),
+            .threads = Key::kThreads,
+            .shared_bytes = WarpVectors::bytes(4, shape.head_dim)},
+           stream);
+  });
+}
+
+}  // namespace hybridmoe::cuda

@@ -1,0 +1,20 @@
+#include <algorithm>
+
+#include "core/cuda/cuda_backend.h"
+
+namespace hybridmoe::cuda {
+
+CudaBackend::CudaBackend(std::unique_ptr<DeviceRuntime> device, DType compute_type)
+    : device_(std::move(device)), compute_type_(compute_type) {
+  require(compute_type == DType::F32 || compute_type == DType::BF16,
+          "the cuda backend computes in f32 or bf16, not ", name_of(compute_type));
+}
+
+CudaBackend::~CudaBackend() { workspace_.release(*device_); }
+
+std::int64_t CudaBackend::row_parts(std::int64_t n, std::int64_t least) const {
+  constexpr std::int64_t kPerProcessor = 4;
+  return std::clamp<std::int64_t>(n / least, 1, kPerProcessor * device_->processors());
+}
+
+}  // namespace hybridmoe::cuda

@@ -1,0 +1,96 @@
+// A GPU: memory, one main stream, copies; products through cuBLASLt.
+#include <cstring>
+#include <cuda_runtime_api.h>
+
+#include "core/cuda/cuda_error.h"
+#include "core/cuda/device_runtime.h"
+#include "core/cuda/launch.h"
+#include "core/cuda/library_products.h"
+
+namespace hybridmoe::cuda {
+namespace {
+
+class Gpu final : public DeviceRuntime {
+ public:
+  explicit Gpu(int index) : index_(index) {
+    check_cuda(cudaSetDevice(index), "choosing the device");
+    check_cuda(cudaGetDeviceProperties(&properties_, index), "asking for the device's properties");
+    require(properties_.major >= 8, "device ", index, " (", properties_.name, ") has compute capability ",
+            properties_.major, ".", properties_.minor, "; 8.0 or more is needed");
+    if (main_stream_of_process() == nullptr) {
+      check_cuda(cudaStreamCreateWithFlags(&main_stream_of_process(), cudaStreamNonBlocking),
+                 "creating a stream");
+    }
+    products_ = std::make_unique<LibraryProducts>(*this);
+  }
+
+  std::string name() const override {
+    int driver = 0, runtime = 0;
+    cudaDriverGetVersion(&driver);
+    cudaRuntimeGetVersion(&runtime);
+    return cat("cuda (", properties_.name, ", device ", index_, ", driver ", driver / 1000, ".",
+               driver % 1000 / 10, ", runtime ", runtime / 1000, ".", runtime % 1000 / 10, ")");
+  }
+  Device kind() const override { return Device::CUDA; }
+  int processors() const override { return properties_.multiProcessorCount; }
+
+  void* allocate(std::size_t bytes) override {
+    void* memory = nullptr;
+    const cudaError_t status = cudaMalloc(&memory, bytes == 0 ? 1 : bytes);
+    if (status != cudaSuccess) {
+      cudaGetLastError();  // not to be found by the next call
+      std::size_t free = 0, total = 0;
+      cudaMemGetInfo(&free, &total);
+      throw Error(cat("cannot get ", bytes, " bytes of memory on ", properties_.name, " (", free, " of ",
+                      total, " are free): make the model or the micro-batch smaller, or use more ranks"));
+    }
+    fill_zero(memory, bytes, main_stream());
+    synchronize(main_stream());
+    return memory;
+  }
+  void release(void* memory, std::size_t) noexcept override { cudaFree(memory); }
+  void* allocate_shared(std::size_t bytes) override {
+    void* memory = nullptr;
+    check_cuda(cudaHostAlloc(&memory, bytes == 0 ? 1 : bytes, cudaHostAllocDefault),
+               "getting pinned host memory");
+    std::memset(memory, 0, bytes);
+    return memory;
+  }
+  void release_shared(void* memory, std::size_t) noexcept override { cudaFreeHost(memory); }
+  Stream* main_stream() override { return reinterpret_cast<Stream*>(main_stream_of_process()); }
+  void synchronize(Stream* stream) override {
+    check_cuda(cudaStreamSynchronize(native(stream)), "waiting for queued work");
+  }
+  void copy(void* to, const void* from, std::size_t bytes, Stream* stream) override {
+    check_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, native(stream)), "queuing a copy");
+  }
+  void fill_zero(void* memory, std::size_t bytes, Stream* stream) override {
+    check_cuda(cudaMemsetAsync(memory, 0, bytes, native(stream)), "queuing a fill");
+  }
+  bool multiply(const Product& product, Stream* stream) override {
+    return products_->multiply(product, stream);
+  }
+
+ private:
+  int index_;
+  cudaDeviceProp properties_{};
+  std::unique_ptr<LibraryProducts> products_;
+};
+
+}  // namespace
+
+int device_count() {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  require(status == cudaSuccess, "no CUDA device: ", cudaGetErrorString(status));
+  require(count > 0, "no CUDA device: the driver knows of none");
+  return count;
+}
+
+std::unique_ptr<DeviceRuntime> open_device(int index) {
+  const int count = device_count();
+  require(index >= 0 && index < count, "there is no CUDA device ", index, ": this host has ", count);
+  return std::make_unique<Gpu>(index);
+}
+
+}  // namespace hybridmoe::cuda

@@ -1,0 +1,61 @@
+// Starting kernels, on the device or on the host executor.
+#pragma once
+
+#include "core/cuda/portable.h"
+#include "core/operators/common.h"
+
+#ifdef __CUDACC__
+#include "core/cuda/cuda_error.h"
+#endif
+
+namespace hybridmoe::cuda {
+
+struct Grid {
+  std::int64_t x = 1, y = 1;
+  int threads = 256;             // of a block, a multiple of 32
+  std::size_t shared_bytes = 0;  // of a block
+};
+
+#ifdef __CUDACC__
+
+// A process works with one device, and has one main stream: what null stands for.
+inline cudaStream_t& main_stream_of_process() {
+  static cudaStream_t stream = nullptr;
+  return stream;
+}
+// Stream is opaque outside of this folder: here it is CUDA's.
+inline cudaStream_t native(Stream* stream) {
+  return stream == nullptr ? main_stream_of_process() : reinterpret_cast<cudaStream_t>(stream);
+}
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads) run_kernel(const __grid_constant__ Kernel kernel) {
+  kernel();
+}
+
+// Queues kernel() for every thread of the grid. Kernel::kThreads is the most threads that a block of it has.
+template <class Kernel>
+void launch(const Kernel& kernel, const Grid& grid, Stream* stream) {
+  constexpr std::size_t kWithoutAsking = 48 << 10;
+  if (grid.shared_bytes > kWithoutAsking) {
+    check_cuda(cudaFuncSetAttribute(run_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(grid.shared_bytes)),
+               "asking for shared memory");
+  }
+  const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
+  run_kernel<<<blocks, static_cast<unsigned>(grid.threads), grid.shared_bytes, native(stream)>>>(kernel);
+  check_cuda(cudaGetLastError(), "launching a kernel");
+}
+
+#else
+
+template <class Kernel>
+void launch(const Kernel& kernel, const Grid& grid, Stream*) {
+  require(grid.threads <= Kernel::kThreads, "a block of ", grid.threads, " threads, its kernel has up to ",
+          int{Kernel::kThreads});
+  host::run({grid.x, grid.y, grid.threads, grid.shared_bytes}, [&] { kernel(); });
+}
+
+#endif
+
+}  // namespace hybridmoe::cuda

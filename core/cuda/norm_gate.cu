@@ -1,0 +1,309 @@
+// The norm-gate: residual add, RMSNorm, router and its statistics, and the way back. A block has a token at a
+// time; its first warp routes.
+#include <algorithm>
+
+#include "core/cuda/partials.h"
+#include "core/cuda/router_row.h"
+
+namespace hybridmoe::cuda {
+namespace {
+
+constexpr std::size_t kScratchBytes = 32 * sizeof(double);  // of over_block
+
+// Shared memory of both kernels, for d elements and E experts: the row in C, floats [E] three times, sums.
+template <class C, int W>
+struct GateMemory {
+  Vector<C, W>* row;               // what is normalised
+  float *logits, *probs, *scores;  // [E] each
+  GateSums sums;
+
+  HYBRIDMOE_DEVICE GateMemory(std::int64_t d, int experts, bool statistics) {
+    sums.sums = shared_memory<double>();
+    row = after<Vector<C, W>>(sums.sums, GateSums::kExtra);
+    logits = after<float>(row, d / W);
+    probs = logits + experts;
+    scores = probs + experts;
+    sums.counts = scores + experts;
+    sums.prob_sum = sums.counts + experts;
+    for (int e = thread_index(); e < 2 * experts; e += block_threads()) sums.counts[e] = 0;
+    if (thread_index() < kRouterSums) sums.sums[thread_index()] = 0;
+    if (thread_index() == 0) sums.sums[kRouterSums] = -INFINITY;
+    sync_block();
+    if (!statistics) sums.counts = nullptr;
+  }
+  static std::size_t bytes(std::int64_t d, int experts) {
+    return shared_bytes_of<double>(GateSums::kExtra) + shared_bytes_of<C>(d) + 5 * experts * sizeof(float) +
+           kScratchBytes;
+  }
+  HYBRIDMOE_DEVICE float* scratch(int experts) const { return scores + 3 * experts; }
+};
+
+// logits [E] shared = y · routerᵀ, with y in shared memory; a warp per expert.
+template <class C, int W>
+HYBRIDMOE_DEVICE void router_logits(const Vector<C, W>* y, const Rows<const C>& router, std::int64_t d,
+                                    int experts, float* logits) {
+  const int lane = thread_index() % kWarp, warps = block_threads() / kWarp;
+  for (int e = thread_index() / kWarp; e < experts; e += warps) {
+    float dot = 0;
+    for (std::int64_t i = lane; i < d / W; i += kWarp) {
+      const Vector<C, W> w = load<C, W>(router[e] + i * W), v = y[i];
+      HYBRIDMOE_UNROLL
+      for (int j = 0; j < W; ++j) dot += to_float(w.value[j]) * to_float(v.value[j]);
+    }
+    dot = warp_sum(dot);
+    if (lane == 0) logits[e] = dot;
+  }
+  sync_block();
+}
+
+template <class C, int W>
+struct NormGateForwardKernel {
+  static constexpr int kThreads = 256;
+  Rows<const C> x, branch;
+  const C* gain;
+  Rows<const C> router;
+  GateRule rule;
+  Rows<C> sum, y;
+  float* rstd;
+  Rows<float> probs;
+  float* lse;
+  Rows<std::int32_t> topk;
+  Rows<float> weights;
+  double* partial;  // [blocks, 2 E] counts and sums of probabilities, [blocks, kRouterSums], [blocks] maxima
+  std::int64_t n, d;
+  float eps;
+
+  HYBRIDMOE_DEVICE void operator()() const {
+    const int experts = rule.experts;
+    const GateMemory<C, W> memory(d, experts, partial != nullptr);
+    for (std::int64_t t = block_x(); t < n; t += grid_x()) {
+      float squares = 0;
+      for (std::int64_t i = thread_index(); i < d / W; i += block_threads()) {
+        Vector<C, W> v = load_once<C, W>(x[t] + i * W);
+        if (branch.given()) {
+          const Vector<C, W> b = load_once<C, W>(branch[t] + i * W);
+          HYBRIDMOE_UNROLL
+          for (int j = 0; j < W; ++j) v.value[j] = rounded<C>(to_float(v.value[j]) + to_float(b.value[j]));
+        }
+        if (sum.given()) store<C, W>(sum[t] + i * W, v);
+        HYBRIDMOE_UNROLL
+        for (int j = 0; j < W; ++j) squares += to_float(v.value[j]) * to_float(v.value[j]);
+        memory.row[i] = v;
+      }
+      float r = 1;
+      if (gain != nullptr) {
+        squares = over_block<Plus>(squares, memory.scratch(experts));
+        r = reciprocal_root(squares / static_cast<float>(d) + eps);
+        if (thread_index() == 0) rstd[t] = r;
+      }
+      for (std::int64_t i = thread_index(); i < d / W; i += block_threads()) {
+        Vector<C, W> v = memory.row[i];
+        if (gain != nullptr) {
+          const Vector<C, W> g = load<C, W>(gain + i * W);
+          HYBRIDMOE_UNROLL
+          for (int j = 0; j < W; ++j)
+            v.value[j] = rounded<C>(to_float(v.value[j]) * r * to_float(g.value[j]));
+          memory.row[i] = v;
+        }
+        if (y.given()) store<C, W>(y[t] + i * W, v);
+      }
+      sync_block();
+      router_logits<C, W>(memory.row, router, d, experts, memory.logits);
+      if (thread_index() < kWarp) {
+        rule.route(memory.logits, memory.probs, memory.scores, probs[t], lse + t, topk[t], weights[t],
+                   memory.sums);
+      }
+      sync_block();
+    }
+    if (partial == nullptr) return;
+    for (int e = thread_index(); e < 2 * experts; e += block_threads())
+      partial[block_x() * 2 * experts + e] = static_cast<double>(memory.sums.counts[e]);
+    double* rest = partial + grid_x() * 2 * experts;
+    if (thread_index() < kRouterSums)
+      rest[block_x() * kRouterSums + thread_index()] = memory.sums.sums[thread_index()];
+    if (thread_index() == 0) rest[grid_x() * kRouterSums + block_x()] = memory.sums.sums[kRouterSums];
+  }
+};
+
+template <class C, int W>
+struct NormGateBackwardKernel {
+  static constexpr int kThreads = 256;
+  Rows<const C> y, sum;  // y is needed by sigmoid scores only
+  const C* gain;
+  Rows<const C> router;
+  GateRule rule;
+  const float* rstd;
+  Rows<const float> probs;
+  const float* lse;
+  Rows<const std::int32_t> topk;
+  Rows<const float> weights, dweights;
+  const double* counts;
+  float balance_scale, z_scale;
+  Rows<const C> dy, skip;
+  Rows<float> dlogits;
+  C* dlogits_rounded;  // [n, E]
+  Rows<C> dsum;
+  float* partial;  // [blocks, d], with a gain
+  std::int64_t n, d;
+
+  HYBRIDMOE_DEVICE void operator()() const {
+    const int experts = rule.experts;
+    auto* row = shared_memory<Vector<C, W>>();
+    auto* upstream = after<float>(row, d / W);
+    float* dgain = upstream + d;
+    float *logits = dgain + d, *p = logits + experts, *dl = p + experts, *loads = dl + experts;
+    float* scratch = loads + experts;
+    // From host memory, once.
+    for (int e = thread_index(); e < experts; e += block_threads()) loads[e] = static_cast<float>(counts[e]);
+    // Element j of vector i lies at j * d / W + i: neighbouring threads use neighbouring banks.
+    const std::int64_t columns = d / W;
+    for (std::int64_t i = thread_index(); i < d; i += block_threads()) dgain[i] = 0;
+    sync_block();
+    for (std::int64_t t = block_x(); t < n; t += grid_x()) {
+      if (rule.sigmoid) {
+        for (std::int64_t i = thread_index(); i < columns; i += block_threads())
+          row[i] = load<C, W>(y[t] + i * W);
+        sync_block();
+        router_logits<C, W>(row, router, d, experts, logits);
+      }
+      if (thread_index() < kWarp) {
+        for (int e = thread_index(); e < experts; e += kWarp) p[e] = probs[t][e];
+        sync_warp();
+        rule.backward(p, logits, weights[t], dweights[t], topk[t], lse[t], loads, balance_scale, z_scale, dl);
+        for (int e = thread_index(); e < experts; e += kWarp) {
+          dlogits[t][e] = dl[e];
+          dlogits_rounded[t * experts + e] = rounded<C>(dl[e]);
+        }
+      }
+      sync_block();
+      const float r = gain != nullptr ? rstd[t] : 1;
+      float dot = 0;
+      for (std::int64_t i = thread_index(); i < columns; i += block_threads()) {
+        const Vector<C, W> u = load_once<C, W>(dy[t] + i * W);
+        float total[W];
+        HYBRIDMOE_UNROLL
+        for (int j = 0; j < W; ++j) total[j] = to_float(u.value[j]);
+        for (int e = 0; e < experts; ++e) {
+          const Vector<C, W> w = load<C, W>(router[e] + i * W);
+          HYBRIDMOE_UNROLL
+          for (int j = 0; j < W; ++j) total[j] += dl[e] * to_float(w.value[j]);
+        }
+        HYBRIDMOE_UNROLL
+        for (int j = 0; j < W; ++j) upstream[j * columns + i] = total[j];
+        if (gain == nullptr) continue;
+        const Vector<C, W> x = load_once<C, W>(sum[t] + i * W), g = load<C, W>(gain + i * W);
+        row[i] = x;
+        HYBRIDMOE_UNROLL
+        for (int j = 0; j < W; ++j) {
+          const float product = total[j] * to_float(x.value[j]);
+          dot += product * to_float(g.value[j]);
+          dgain[j * columns + i] += product * r;
+        }
+      }
+      float pull = 0;
+      if (gain != nullptr) pull = r * r * r * (over_block<Plus>(dot, scratch) / static_cast<float>(d));
+      for (std::int64_t i = thread_index(); i < columns; i += block_threads()) {
+        Vector<C, W> passed = {}, x = {}, g = {};
+        if (skip.given()) passed = load_once<C, W>(skip[t] + i * W);
+        if (gain != nullptr) x = row[i], g = load<C, W>(gain + i * W);
+        Vector<C, W> result;
+        HYBRIDMOE_UNROLL
+        for (int j = 0; j < W; ++j) {
+          float own = upstream[j * columns + i];
+          if (gain != nullptr) own = r * own * to_float(g.value[j]) - pull * to_float(x.value[j]);
+          result.value[j] = rounded<C>(skip.given() ? own + to_float(passed.value[j]) : own);
+        }
+        store<C, W>(dsum[t] + i * W, result);
+      }
+      sync_block();
+    }
+    if (gain == nullptr) return;
+    for (std::int64_t i = thread_index(); i < columns; i += block_threads())
+      for (int j = 0; j < W; ++j) partial[block_x() * d + i * W + j] = dgain[j * columns + i];
+  }
+};
+
+// What the router and the experts read: y, or without a norm what stands in for it.
+const Tensor& gate_input(const NormGateForward& op) {
+  if (!op.y.empty()) return op.y;
+  return op.sum.empty() ? op.x : op.sum;
+}
+
+}  // namespace
+
+void CudaBackend::norm_gate_forward(const NormGateForward& op, Stream* stream) {
+  const std::int64_t n = op.x.rows(), d = op.x.shape[1], experts = op.router.shape[0];
+  if (n == 0) return;
+  const std::int64_t blocks = row_parts(n, 4);
+  const bool statistics = !op.counts.empty();
+  double* partial =
+      statistics ? workspace<double>(blocks * (2 * experts + GateSums::kExtra), stream) : nullptr;
+  const bool vectors = in_vectors(d, {&op.x, &op.branch, &op.gain, &op.router, &op.sum, &op.y});
+  with_vectors(compute_type_, vectors, [&]<class C, int W>(C, Constant<W>) {
+    using Kernel = NormGateForwardKernel<C, W>;
+    launch(Kernel{Rows<const C>(op.x), Rows<const C>(op.branch), elements<const C>(op.gain),
+                  Rows<const C>(op.router), GateRule(op.rule, op.router, op.bias), Rows<C>(op.sum),
+                  Rows<C>(op.y), elements<float>(op.rstd), Rows<float>(op.probs), elements<float>(op.lse),
+                  Rows<std::int32_t>(op.topk), Rows<float>(op.weights), partial, n, d,
+                  static_cast<float>(op.eps)},
+           {.x = blocks,
+            .threads = Kernel::kThreads,
+            .shared_bytes = GateMemory<C, W>::bytes(d, static_cast<int>(experts))},
+           stream);
+  });
+  if (!statistics) return;
+  // counts and prob_sum lie side by side in the partial sums only.
+  join_strided<Plus>(partial, 2 * experts, blocks, experts, elements<double>(op.counts), stream);
+  join_strided<Plus>(partial + experts, 2 * experts, blocks, experts, elements<double>(op.prob_sum), stream);
+  const double* rest = partial + blocks * 2 * experts;
+  join_partials<Plus>(rest, blocks, kRouterSums, elements<double>(op.sums), stream);
+  join_partials<Larger>(rest + blocks * kRouterSums, blocks, 1, elements<double>(op.logit_max), stream);
+}
+
+void CudaBackend::norm_gate_backward(const NormGateBackward& op, Stream* stream) {
+  const NormGateForward& f = op.forward;
+  const std::int64_t n = op.dy.rows(), d = op.dy.shape[1], experts = f.router.shape[0];
+  if (n == 0) return;
+  const Tensor &y = gate_input(f), &sum = f.sum.empty() ? f.x : f.sum;
+  const std::int64_t blocks = row_parts(n, 4);
+  const bool norm = !f.gain.empty();
+  // The products below use the workspace too, but nothing of this after they did.
+  const std::int64_t partial_words = norm ? blocks * d : 0;
+  const std::int64_t rounded_bytes = n * experts * size_of(compute_type_);
+  auto* partial = workspace<float>(partial_words + divide_up(rounded_bytes, 4), stream);
+  const Tensor dlogits(partial + partial_words, compute_type_, {n, experts}, device());
+  const bool vectors = in_vectors(d, {&y, &sum, &f.gain, &f.router, &op.dy, &op.skip, &op.dsum});
+  with_vectors(compute_type_, vectors, [&]<class C, int W>(C, Constant<W>) {
+    using Kernel = NormGateBackwardKernel<C, W>;
+    launch(Kernel{Rows<const C>(y),
+                  Rows<const C>(sum),
+                  elements<const C>(f.gain),
+                  Rows<const C>(f.router),
+                  GateRule(f.rule, f.router, f.bias),
+                  elements<const float>(f.rstd),
+                  Rows<const float>(f.probs),
+                  elements<const float>(f.lse),
+                  Rows<const std::int32_t>(f.topk),
+                  Rows<const float>(f.weights),
+                  Rows<const float>(op.dweights),
+                  elements<const double>(op.balance_counts),
+                  static_cast<float>(op.balance_scale),
+                  static_cast<float>(op.z_scale),
+                  Rows<const C>(op.dy),
+                  Rows<const C>(op.skip),
+                  Rows<float>(op.dlogits),
+                  dlogits.ptr<C>(),
+                  Rows<C>(op.dsum),
+                  partial,
+                  n,
+                  d},
+           {.x = blocks,
+            .threads = Kernel::kThreads,
+            .shared_bytes = shared_bytes_of<C>(d) + (2 * d + 4 * experts) * sizeof(float) + kScratchBytes},
+           stream);
+  });
+  if (norm) join_partials<Plus>(partial, blocks, d, elements<float>(op.dgain), stream);
+  linear_backward_weight({.x = y, .dy = dlogits, .dweight = op.drouter}, stream);
+}
+
+}  // namespace hybridmoe::cuda

@@ -1,0 +1,191 @@
+// RMSNorm on the residual stream: one pass over device memory each way, a row per block at a time.
+#include <algorithm>
+
+#include "core/cuda/partials.h"
+
+namespace hybridmoe::cuda {
+namespace {
+
+template <class C, int W>
+struct ResidualNormForwardKernel {
+  static constexpr int kThreads = 512;
+  Rows<const C> x, branch;
+  const C* gain;
+  Rows<C> sum, y;
+  float* rstd;
+  std::int64_t d;
+  float eps;
+
+  HYBRIDMOE_DEVICE void operator()() const {
+    const std::int64_t t = block_x();
+    // What a thread puts there is read by itself only.
+    auto* row = shared_memory<Vector<C, W>>();
+    float squares = 0;
+    for (std::int64_t i = thread_index(); i < d / W; i += block_threads()) {
+      Vector<C, W> v = load_once<C, W>(x[t] + i * W);
+      if (branch.given()) {
+        const Vector<C, W> b = load_once<C, W>(branch[t] + i * W);
+        HYBRIDMOE_UNROLL
+        for (int j = 0; j < W; ++j) v.value[j] = rounded<C>(to_float(v.value[j]) + to_float(b.value[j]));
+      }
+      if (sum.given()) store<C, W>(sum[t] + i * W, v);
+      HYBRIDMOE_UNROLL
+      for (int j = 0; j < W; ++j) squares += to_float(v.value[j]) * to_float(v.value[j]);
+      row[i] = v;
+    }
+    squares = over_block<Plus>(squares, after<float>(row, d / W));
+    const float r = reciprocal_root(squares / static_cast<float>(d) + eps);
+    if (thread_index() == 0) rstd[t] = r;
+    for (std::int64_t i = thread_index(); i < d / W; i += block_threads()) {
+      Vector<C, W> v = row[i];
+      const Vector<C, W> g = load<C, W>(gain + i * W);
+      HYBRIDMOE_UNROLL
+      for (int j = 0; j < W; ++j) v.value[j] = rounded<C>(to_float(v.value[j]) * r * to_float(g.value[j]));
+      store<C, W>(y[t] + i * W, v);
+    }
+  }
+};
+
+// Blocks take rows in turns and keep their part of dgain, column by column, in shared memory.
+template <class C, int W>
+struct ResidualNormBackwardKernel {
+  static constexpr int kThreads = 512;
+  Rows<const C> dy, sum;
+  const float* rstd;
+  const C* gain;
+  Rows<const C> skip;
+  Rows<C> dsum;
+  float* partial;  // [blocks, d]
+  std::int64_t n, d;
+
+  HYBRIDMOE_DEVICE void operator()() const {
+    auto* upstream = shared_memory<Vector<C, W>>();
+    auto* normed = after<Vector<C, W>>(upstream, d / W);
+    auto* dgain = after<float>(normed, d / W);
+    auto* scratch = after<float>(dgain, d);
+    // Element j of vector i lies at j * d / W + i: neighbouring threads use neighbouring banks.
+    for (std::int64_t i = thread_index(); i < d / W; i += block_threads())
+      for (int j = 0; j < W; ++j) dgain[j * (d / W) + i] = 0;
+    for (std::int64_t t = block_x(); t < n; t += grid_x()) {
+      const float r = rstd[t];
+      float dot = 0;
+      for (std::int64_t i = thread_index(); i < d / W; i += block_threads()) {
+        const Vector<C, W> u = load_once<C, W>(dy[t] + i * W), x = load_once<C, W>(sum[t] + i * W);
+        const Vector<C, W> g = load<C, W>(gain + i * W);
+        HYBRIDMOE_UNROLL
+        for (int j = 0; j < W; ++j) {
+          const float product = to_float(u.value[j]) * to_float(x.value[j]);
+          dot += product * to_float(g.value[j]);
+          dgain[j * (d / W) + i] += product * r;
+        }
+        upstream[i] = u;
+        normed[i] = x;
+      }
+      dot = over_block<Plus>(dot, scratch);
+      const float pull = r * r * r * (dot / static_cast<float>(d));
+      for (std::int64_t i = thread_index(); i < d / W; i += block_threads()) {
+        const Vector<C, W> u = upstream[i], x = normed[i], g = load<C, W>(gain + i * W);
+        Vector<C, W> passed = {};
+        if (skip.given()) passed = load_once<C, W>(skip[t] + i * W);
+        Vector<C, W> result;
+        HYBRIDMOE_UNROLL
+        for (int j = 0; j < W; ++j) {
+          const float own = r * to_float(u.value[j]) * to_float(g.value[j]) - pull * to_float(x.value[j]);
+          result.value[j] = rounded<C>(skip.given() ? own + to_float(passed.value[j]) : own);
+        }
+        store<C, W>(dsum[t] + i * W, result);
+      }
+      sync_block();  // scratch is used again
+    }
+    for (std::int64_t i = thread_index(); i < d / W; i += block_threads())
+      for (int j = 0; j < W; ++j) partial[block_x() * d + i * W + j] = dgain[j * (d / W) + i];
+  }
+};
+
+// In double: squares of small values vanish in fp32. partial [blocks] of sums, then [blocks] of maxima.
+template <class C, int W>
+struct ResidualStatisticsKernel {
+  static constexpr int kThreads = 256;
+  Rows<const C> x;
+  double* partial;
+  std::int64_t n, d;
+
+  HYBRIDMOE_DEVICE void operator()() const {
+    double squares = 0;
+    float most = 0;
+    for (std::int64_t t = block_x(); t < n; t += grid_x()) {
+      for (std::int64_t i = thread_index(); i < d / W; i += block_threads()) {
+        const Vector<C, W> v = load<C, W>(x[t] + i * W);
+        HYBRIDMOE_UNROLL
+        for (int j = 0; j < W; ++j) {
+          const float value = to_float(v.value[j]), size = value < 0 ? -value : value;
+          squares += static_cast<double>(value) * static_cast<double>(value);
+          most = size > most ? size : most;  // a NaN is not larger
+        }
+      }
+    }
+    double* scratch = shared_memory<double>();
+    squares = over_block<Plus>(squares, scratch);
+    sync_block();
+    const double largest = over_block<Larger>(static_cast<double>(most), scratch);
+    if (thread_index() != 0) return;
+    partial[block_x()] = squares;
+    partial[grid_x() + block_x()] = largest;
+  }
+};
+
+constexpr std::size_t kScratchBytes = 32 * sizeof(double);  // of over_block
+
+}  // namespace
+
+void CudaBackend::residual_norm_forward(const ResidualNormForward& op, Stream* stream) {
+  const std::int64_t n = op.x.rows(), d = op.x.shape[1];
+  if (n == 0) return;
+  const bool vectors = in_vectors(d, {&op.x, &op.branch, &op.gain, &op.sum, &op.y});
+  with_vectors(compute_type_, vectors, [&]<class C, int W>(C, Constant<W>) {
+    using Kernel = ResidualNormForwardKernel<C, W>;
+    launch(Kernel{Rows<const C>(op.x), Rows<const C>(op.branch), elements<const C>(op.gain), Rows<C>(op.sum),
+                  Rows<C>(op.y), elements<float>(op.rstd), d, static_cast<float>(op.eps)},
+           {.x = n,
+            .threads = threads_for(d / W, Kernel::kThreads),
+            .shared_bytes = shared_bytes_of<C>(d) + kScratchBytes},
+           stream);
+  });
+}
+
+void CudaBackend::residual_norm_backward(const ResidualNormBackward& op, Stream* stream) {
+  const std::int64_t n = op.dy.rows(), d = op.dy.shape[1];
+  if (n == 0) return;
+  const std::int64_t blocks = row_parts(n, 4);
+  auto* partial = workspace<float>(blocks * d, stream);
+  const bool vectors = in_vectors(d, {&op.dy, &op.sum, &op.gain, &op.skip, &op.dsum});
+  with_vectors(compute_type_, vectors, [&]<class C, int W>(C, Constant<W>) {
+    using Kernel = ResidualNormBackwardKernel<C, W>;
+    launch(Kernel{Rows<const C>(op.dy), Rows<const C>(op.sum), elements<const float>(op.rstd),
+                  elements<const C>(op.gain), Rows<const C>(op.skip), Rows<C>(op.dsum), partial, n, d},
+           {.x = blocks,
+            .threads = threads_for(d / W, Kernel::kThreads),
+            .shared_bytes = 2 * shared_bytes_of<C>(d) + shared_bytes_of<float>(d) + kScratchBytes},
+           stream);
+  });
+  join_partials<Plus>(partial, blocks, d, elements<float>(op.dgain), stream);
+}
+
+void CudaBackend::residual_statistics(const ResidualStatistics& op, Stream* stream) {
+  const std::int64_t n = op.x.rows(), d = op.x.shape[1];
+  if (n == 0) return;
+  const std::int64_t blocks = row_parts(n, 1);
+  auto* partial = workspace<double>(2 * blocks, stream);
+  with_vectors(compute_type_, in_vectors(d, {&op.x}), [&]<class C, int W>(C, Constant<W>) {
+    using Kernel = ResidualStatisticsKernel<C, W>;
+    launch(Kernel{Rows<const C>(op.x), partial, n, d},
+           {.x = blocks, .threads = threads_for(d / W, Kernel::kThreads), .shared_bytes = kScratchBytes},
+           stream);
+  });
+  join_partials<Plus>(partial, blocks, 1, elements<double>(op.squares), stream);
+  if (!op.absmax.empty()) {
+    join_partials<Larger>(partial + blocks, blocks, 1, elements<double>(op.absmax), stream);
+  }
+}
+
+}  // namespace hybridmoe::cuda
