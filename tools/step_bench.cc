@@ -176,6 +176,8 @@ void bench_telemetry(Backend& backend, const Groups& groups, const StepBench& be
     const auto begin = std::chrono::steady_clock::now();
     const StepResult result = trainer.step(false);
     if (measured && recorder) recorder->step(result);
+    // Else the gathering that one step begins counts for the next where nothing in between waits for others.
+    trainer.wait_weights();
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
     return largest_over(*groups.world, seconds);
   };
