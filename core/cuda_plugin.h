@@ -1,10 +1,12 @@
-// The CUDA backend, which the program loads at run time: one binary starts on machines with and without a
-// driver, with and without the toolkit's libraries.
+// The CUDA backend and NCCL, which the program loads at run time: one binary starts on machines with and
+// without a driver, with and without the libraries.
 #pragma once
 
+#include <array>
 #include <memory>
 
 #include "core/backend.h"
+#include "core/device_collectives.h"
 
 namespace hybridmoe {
 
@@ -17,16 +19,29 @@ struct CudaOptions {
 // cannot be loaded (which library is missing), there is no driver, or no device.
 int cuda_device_count();
 
-// Opens a device; a process opens one. Throws Error as above, or when the device cannot be used.
+// Opens a device. Throws Error as above, or when the device cannot be used.
 std::unique_ptr<Backend> make_cuda_backend(const CudaOptions& options);
 
-// What the plug-in exports: made by the same compiler from the same sources, which the version is to tell.
+// A rank of a group that NCCL connects.
+struct NcclMember {
+  int rank = 0, size = 1;
+  std::array<char, 128> id = {};  // of the group: make_nccl_id on one rank, the same on all
+};
+
+// Throws Error when NCCL cannot be loaded.
+std::array<char, 128> make_nccl_id();
+// Collective over the group's ranks, each with its own device. The backend must be make_cuda_backend's and
+// outlive what is returned.
+std::unique_ptr<DeviceCollectives> make_nccl_collectives(const NcclMember& member, Backend& backend);
+
+// What the plug-ins export: made by the same compiler from the same sources, which the version is to tell.
 namespace cuda_plugin {
-constexpr int kVersion = 1;  // of the operator interface; to be raised with every change of it
-constexpr char kFile[] = "libhybridmoe_cuda.so";  // beside the program
+constexpr int kVersion = 1;  // of the interfaces that they implement; to be raised with every change
 using Version = int();
 using DeviceCount = int();
 using MakeBackend = Backend*(const CudaOptions&);
+using MakeNcclId = void(std::array<char, 128>*);
+using MakeNcclCollectives = DeviceCollectives*(const NcclMember&, Backend&);
 }  // namespace cuda_plugin
 
 }  // namespace hybridmoe

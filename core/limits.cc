@@ -12,7 +12,8 @@ namespace {
 struct ProductShape {
   std::int64_t rows, in, out;
 };
-// Large in every direction, and none so large that a round takes long on one core.
+// Large in every direction, and none so large that a round takes long on one core; a device needs more to
+// fill it.
 constexpr std::array<ProductShape, 3> kShapes = {{{1024, 768, 1024}, {2048, 512, 512}, {768, 1024, 768}}};
 
 // Written once, so that it is memory of its own and not the system's one page of zeros. Products take the
@@ -52,8 +53,9 @@ double measure_product_limit(Backend& backend, double seconds) {
   const DType type = backend.compute_type();
   const std::int64_t divisor = type == DType::F64 ? 16 : 1;
   double best = 0;
+  const std::int64_t factor = backend.device() == Device::CPU ? 1 : 8;
   for (ProductShape shape : kShapes) {
-    shape = {shape.rows / divisor, shape.in / divisor, shape.out / divisor};
+    shape = {shape.rows * factor / divisor, shape.in * factor / divisor, shape.out * factor / divisor};
     const Written x(backend, type, {shape.rows, shape.in}), w(backend, type, {shape.out, shape.in}),
         y(backend, type, {shape.rows, shape.out});
     const LinearForward product = {.x = x.tensor(), .weight = w.tensor(), .y = y.tensor()};
@@ -65,10 +67,17 @@ double measure_product_limit(Backend& backend, double seconds) {
 }
 
 double measure_copy_limit(Backend& backend, double seconds) {
-  constexpr std::int64_t kElements = std::int64_t{16} << 20;
-  const Written source(backend, DType::F32, {kElements}), target(backend, DType::F32, {kElements});
-  const double taken = best_seconds(
-      backend, seconds, [&] { backend.convert(source.tensor(), target.tensor(), backend.main_stream()); });
+  // A device's caches hold tens of megabytes.
+  const bool on_host = backend.device() == Device::CPU;
+  const std::int64_t elements = std::int64_t{on_host ? 16 : 256} << 20;
+  const Written source(backend, DType::F32, {elements}), target(backend, DType::F32, {elements});
+  const double taken = best_seconds(backend, seconds, [&] {
+    if (on_host) {
+      backend.convert(source.tensor(), target.tensor(), backend.main_stream());
+    } else {
+      backend.copy(source.tensor(), target.tensor(), backend.main_stream());
+    }
+  });
   return 2. * static_cast<double>(source.tensor().bytes()) / taken;
 }
 

@@ -21,10 +21,10 @@
 #include "launcher/recorder.h"
 #include "launcher/run_directory.h"
 #include "launcher/trainer.h"
+#include "parallel/device_groups.h"
 #include "parallel/mesh.h"
 #include "parallel/mesh_table.h"
 #include "parallel/row_exchange.h"
-#include "parallel/staged_communicator.h"
 #include "parallel/watched_communicator.h"
 
 namespace hybridmoe {
@@ -89,6 +89,7 @@ class Worker {
   std::string choose_precision();
   void keep_precision(std::string* reason);
   void make_backend();
+  DeviceTransport choose_device_transport() const;
   void start_watchdog();
   void choose_backend();
   void choose_transport();
@@ -127,7 +128,7 @@ class Worker {
   Precision precision_ = F32;
   int devices_ = 0;  // GPUs of this host, when they are what computes
   std::unique_ptr<Backend> backend_;
-  std::optional<StagedGroups> staged_;
+  std::optional<DeviceGroups> device_groups_;
   std::optional<MeasuredChoice> transport_;  // of the exchange; without one: nothing moves
   std::unique_ptr<RowExchange> exchange_;
   std::optional<RunDirectory> directory_;  // on rank 0
@@ -284,22 +285,45 @@ void Worker::choose_transport() {
 
 void Worker::make_backend() {
   if (devices_ > 0) {
-    // Neighbours on a host take its devices in turns.
-    const std::vector<int>& hosts = ranks_.hosts().of_rank;
-    const auto here = hosts.begin() + ranks_.communicator().rank();
-    const auto before = static_cast<int>(std::count(hosts.begin(), here, *here));
+    const int place = ranks_.hosts().place_on_host(ranks_.communicator().rank());
     together(world(), "device", [&] {
       backend_ = make_cuda_backend(
-          {.compute_type = precision_ == BF16 ? DType::BF16 : DType::F32, .device = before % devices_});
+          {.compute_type = precision_ == BF16 ? DType::BF16 : DType::F32, .device = place % devices_});
     });
-    staged_.emplace(groups_, *backend_);
-    groups_ = staged_->groups();
   } else if (precision_ == F64) {
     backend_ = make_reference_backend();
   } else {
     backend_ = make_cpu_backend(
         {.compute_type = precision_ == BF16 ? DType::BF16 : DType::F32, .threads = threads_});
   }
+}
+
+// How tensors of GPUs move between ranks.
+DeviceTransport Worker::choose_device_transport() const {
+  const ParallelConfig::DeviceTransport wanted = config_.parallel().device_transport();
+  if (devices_ == 0 || world().size() == 1 || wanted == ParallelConfig::STAGED)
+    return DeviceTransport::Staged;
+  std::string lacking;
+  if (ranks_.hosts().place_on_host(ranks_.communicator().rank()) >= devices_) {
+    lacking = cat("ranks share a GPU (", devices_, " on this host)");
+  } else {
+    try {
+      make_nccl_id();
+    } catch (const Error& failure) {
+      lacking = failure.what();
+    }
+  }
+  if (wanted == ParallelConfig::NCCL) {
+    world().agree(lacking, "NCCL");
+    return DeviceTransport::Nccl;
+  }
+  const std::vector<std::string> all = world().gather_strings(lacking, "NCCL");
+  for (int rank = 0; rank < std::ssize(all); ++rank) {
+    if (all[rank].empty()) continue;
+    say(world(), cat("tensors move through host memory: rank ", rank, ": ", all[rank]));
+    return DeviceTransport::Staged;
+  }
+  return DeviceTransport::Nccl;
 }
 
 void Worker::choose_backend() {
@@ -313,6 +337,8 @@ void Worker::choose_backend() {
                              << threads_ << ": it goes on equal to rounding, not to the bit";
   }
   make_backend();
+  device_groups_.emplace(groups_, *backend_, choose_device_transport());
+  groups_ = device_groups_->groups();
   backend_->set_progress_hook([](void* world) { static_cast<Communicator*>(world)->progress(); }, &world());
   choose_transport();
 

@@ -10,6 +10,10 @@
 
 namespace hybridmoe {
 
+int Hosts::place_on_host(int rank) const {
+  return static_cast<int>(std::count(of_rank.begin(), of_rank.begin() + rank, of_rank.at(rank)));
+}
+
 Hosts hosts_of(const std::vector<std::string>& name_of_rank) {
   Hosts hosts;
   for (const std::string& name : name_of_rank) {

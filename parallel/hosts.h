@@ -11,6 +11,8 @@ struct Hosts {
   std::vector<int> of_rank;        // index into names
 
   int count() const { return static_cast<int>(names.size()); }
+  // How many lower ranks run on the host of `rank`.
+  int place_on_host(int rank) const;
   const std::string& name_of(int rank) const { return names.at(of_rank.at(rank)); }
 };
 

@@ -163,19 +163,4 @@ std::unique_ptr<Communicator> make_staged_communicator(Communicator& inner, Back
   return std::make_unique<StagedCommunicator>(inner, backend);
 }
 
-StagedGroups::StagedGroups(const Groups& groups, Backend& backend) : groups_(groups) {
-  std::map<Communicator*, Communicator*> staged;
-  for (auto member : {&Groups::world, &Groups::data, &Groups::tensor, &Groups::expert, &Groups::expert_data,
-                      &Groups::key_value}) {
-    Communicator*& place = staged[groups.*member];
-    if (place == nullptr) {
-      communicators_.push_back(make_staged_communicator(*(groups.*member), backend));
-      place = communicators_.back().get();
-    }
-    groups_.*member = place;
-  }
-  // Relays pass rows on from buffers that they read on the host.
-  groups_.relays = nullptr;
-}
-
 }  // namespace hybridmoe

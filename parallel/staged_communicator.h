@@ -6,23 +6,12 @@
 #include <memory>
 
 #include "core/backend.h"
-#include "core/groups.h"
+#include "core/communicator.h"
 
 namespace hybridmoe {
 
 // inner and backend outlive it. A call of one rank alone is a copy on the device, or nothing. Tensors in host
 // memory are passed on as they are, once nothing is queued that could write them.
 std::unique_ptr<Communicator> make_staged_communicator(Communicator& inner, Backend& backend);
-
-// Every communicator of some groups, staged.
-class StagedGroups {
- public:
-  StagedGroups(const Groups& groups, Backend& backend);  // both outlive it
-  const Groups& groups() const { return groups_; }
-
- private:
-  std::vector<std::unique_ptr<Communicator>> communicators_;
-  Groups groups_;
-};
 
 }  // namespace hybridmoe

@@ -12,7 +12,9 @@
 #include "core/config/layers.h"
 #include "core/config/load.h"
 #include "core/config/validate.h"
+#include "core/cuda_plugin.h"
 #include "core/limits.h"
+#include "parallel/device_groups.h"
 #include "parallel/mesh.h"
 #include "parallel/mpi_communicator.h"
 #include "parallel/mpi_world.h"
@@ -24,7 +26,7 @@ namespace hybridmoe {
 namespace {
 
 struct Options {
-  std::string precision = "auto", size = "all", filter, config;
+  std::string precision = "auto", size = "all", device = "cpu", filter, config;
   std::vector<std::string> overrides;
   int threads = 0;
   double seconds = 0.2, step_seconds = 5;
@@ -38,15 +40,20 @@ int parse(int argc, char** argv, Options* options) {
       "Measures the limit of matrix products and of copying, then every operator and a whole training step "
       "against "
       "them. Under mpirun all ranks measure at once, and rank 0 prints.");
-  app.add_option("--precision", options->precision, "bf16, f32, or auto: bf16 where the CPU multiplies it")
+  app.add_option("--precision", options->precision,
+                 "bf16, f32, or auto: bf16 where it is multiplied natively")
       ->check(CLI::IsMember({"auto", "f32", "bf16"}))
+      ->capture_default_str();
+  app.add_option("--device", options->device, "cpu, or cuda: GPUs, which the ranks of a host take in turns")
+      ->check(CLI::IsMember({"cpu", "cuda"}))
       ->capture_default_str();
   app.add_option("--threads", options->threads,
                  "OpenMP threads per rank; 0: OMP_NUM_THREADS, else cores / ranks")
       ->capture_default_str();
   CLI::Option* size =
-      app.add_option("--size", options->size, "which built-in model: quickstart, d512, or all")
-          ->check(CLI::IsMember({"quickstart", "d512", "all"}))
+      app.add_option("--size", options->size,
+                     "which built-in model: quickstart, d512, moe-1b-7b (for GPUs), or all of the first two")
+          ->check(CLI::IsMember({"quickstart", "d512", "moe-1b-7b", "all"}))
           ->capture_default_str();
   app.add_option("--config", options->config,
                  "a model of your own (its vocabulary must be set); its data is not read")
@@ -86,12 +93,18 @@ constexpr const char* kD512 =
     "name: 'd512' batch { sequences: 8 } model { layers: 8 d_model: 512 heads: 8 sequence_length: 512 "
     "vocabulary: 4096 moe { experts: 16 top_k: 2 expert_hidden: 512 } }";
 
+// The shape of OLMoE-1B-7B (arXiv 2409.02060) with one of its layers; --set model.layers for more.
+constexpr const char* kMoe1b7b =
+    "name: 'moe-1b-7b' batch { sequences: 4 } model { layers: 1 d_model: 2048 heads: 16 sequence_length: "
+    "4096 "
+    "vocabulary: 50304 moe { experts: 64 top_k: 8 expert_hidden: 1024 } }";
+
 std::vector<Config> models_of(const Options& options) {
   if (!options.config.empty()) return {load_config(options.config, options.overrides)};
   std::vector<Config> models;
-  for (const char* text : {kQuickstart, kD512}) {
+  for (const char* text : {kQuickstart, kD512, kMoe1b7b}) {
     const Config model = parse_config_text(text, "built-in model", options.overrides);
-    if (options.size == "all" || options.size == model.name()) models.push_back(model);
+    if (options.size == "all" ? text != kMoe1b7b : options.size == model.name()) models.push_back(model);
   }
   return models;
 }
@@ -172,12 +185,16 @@ void run(const Options& options, const MpiWorld& ranks) {
   Communicator& world = ranks.communicator();
   std::ostringstream nowhere;
   std::ostream& out = world.rank() == 0 ? std::cout : nowhere;
-  const bool bf16 = options.precision == "bf16" || (options.precision == "auto" && cpu_multiplies_bf16());
-  const auto backend = make_cpu_backend(
-      {.compute_type = bf16 ? DType::BF16 : DType::F32, .threads = threads_of(options, world.size())});
+  const bool on_gpu = options.device == "cuda", native = on_gpu || cpu_multiplies_bf16();
+  const bool bf16 = options.precision == "bf16" || (options.precision == "auto" && native);
+  const DType type = bf16 ? DType::BF16 : DType::F32;
+  const auto backend =
+      on_gpu ? make_cuda_backend({.compute_type = type,
+                                  .device = ranks.hosts().place_on_host(world.rank()) % cuda_device_count()})
+             : make_cpu_backend({.compute_type = type, .threads = threads_of(options, world.size())});
   backend->set_progress_hook([](void* all) { static_cast<Communicator*>(all)->progress(); }, &world);
   out << backend->name() << ", " << name_of(backend->compute_type())
-      << (bf16 && !cpu_multiplies_bf16() ? " (emulated: converted to f32)" : "") << '\n';
+      << (bf16 && !native ? " (emulated: converted to f32)" : "") << '\n';
   if (options.exchange) {
     for (const Config& model : models_of(options)) {
       out << "\n" << model.name() << '\n';
@@ -203,10 +220,11 @@ void run(const Options& options, const MpiWorld& ranks) {
       const Mesh mesh(layout_of(model.parallel(), world.size()), kv_heads_of(model.model()));
       const MeshCommunicators communicators(mesh, world, ranks.make_groups());
       const StepBench bench{.config = model, .seconds = options.step_seconds};
+      const DeviceGroups groups(communicators.groups(), *backend);
       if (options.telemetry) {
-        bench_telemetry(*backend, communicators.groups(), bench, out);
+        bench_telemetry(*backend, groups.groups(), bench, out);
       } else {
-        bench_step(*backend, communicators.groups(), limits.product_flops, bench, out);
+        bench_step(*backend, groups.groups(), limits.product_flops, bench, out);
       }
     }
   }

@@ -18,7 +18,7 @@ struct OperatorBench {
   testing::BenchmarkSize size;
   std::string filter;        // operators whose name contains it; empty: all
   double seconds = 0.2;      // spent on each operator
-  bool flush_caches = true;  // write 64 MiB between runs, as a training step would have done
+  bool flush_caches = true;  // of a CPU: write 64 MiB between runs, as a training step would have done
 };
 
 // One line per operator: time of the best run, GFLOP/s, GB/s of what must move, and the share of the limit:

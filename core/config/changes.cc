@@ -26,6 +26,7 @@ constexpr const char* kFree[] = {
     "parallel.threads",
     "parallel.exchange",
     "parallel.exchange_overlap",
+    "parallel.device_transport",
     "parallel.expected_load",
     "parallel.load_limit",
     "parallel.watchdog_seconds",

@@ -103,6 +103,28 @@ HYBRIDMOE_DEVICE void write_rows(const float (&sum)[D / 8][4], float factor, flo
   }
 }
 
+// Tiles of two matrices side by side, keys and values or queries and output gradients, in a ring of stages
+// that asynchronous copies fill.
+template <int D, int kRows, int kThreads>
+struct TilePairs {
+  static constexpr int kStages = 2, kElements = 2 * kStages * kRows * D;
+  BFloat16* memory;
+  Rows<const BFloat16> first, second;
+  std::int64_t base, end;  // of the sequence: its row 0, and how many it has
+
+  HYBRIDMOE_DEVICE HeadTile<D> tile(int step, int which) const {
+    return {memory + (2 * (step % kStages) + which) * kRows * D};
+  }
+  // A group of copies: rows `row` .. of both, or nothing beyond the last step.
+  HYBRIDMOE_DEVICE void start(int step, int steps, std::int64_t row, int column) const {
+    if (step < steps) {
+      tile(step, 0).template start<kThreads>(first, base, row, end, column, kRows);
+      tile(step, 1).template start<kThreads>(second, base, row, end, column, kRows);
+    }
+    commit_copies();
+  }
+};
+
 constexpr float kLog2E = 1.4426950408889634f;
 
 // The queries of a block: kQueries of one head, the last ones first, since they see the most keys.
@@ -147,14 +169,15 @@ struct Sight {
 
 template <int D>
 struct AttentionTilesForward {
-  static constexpr int kWarps = 4, kThreads = kWarps * kWarp, kQueries = 16 * kWarps, kKeys = 64, kStages = 2;
+  static constexpr int kWarps = 4, kThreads = kWarps * kWarp, kQueries = 16 * kWarps, kKeys = 64;
+  using Pairs = TilePairs<D, kKeys, kThreads>;
   AttentionShape shape;
   Rows<const BFloat16> q, k, v;
   Rows<BFloat16> o;
   float* lse;     // null: not wanted
   float* maxima;  // [blocks, kQueries], null: not wanted
 
-  static constexpr std::size_t kSharedBytes = (kQueries + 2 * kStages * kKeys) * D * sizeof(BFloat16);
+  static constexpr std::size_t kSharedBytes = (kQueries * D + Pairs::kElements) * sizeof(BFloat16);
 
   HYBRIDMOE_DEVICE void operator()() const {
     const QueryBlock<kQueries> block(shape);
@@ -162,21 +185,11 @@ struct AttentionTilesForward {
     const int column = block.head * D, kv_column = block.kv_head * D;
     auto* memory = shared_memory<BFloat16>();
     const HeadTile<D> queries{memory};
-    const auto tile = [&](int stage, int which) {
-      return HeadTile<D>{memory + (kQueries + (2 * (stage % kStages) + which) * kKeys) * D};
-    };
     const std::int64_t begin = block.begin_key / kKeys * kKeys;
     const auto steps = static_cast<int>((block.end_key - begin + kKeys - 1) / kKeys);
-    const auto start = [&](int step) {
-      if (step < steps) {
-        const std::int64_t first = begin + static_cast<std::int64_t>(step) * kKeys;
-        tile(step, 0).template start<kThreads>(k, block.batch * shape.keys, first, shape.keys, kv_column,
-                                               kKeys);
-        tile(step, 1).template start<kThreads>(v, block.batch * shape.keys, first, shape.keys, kv_column,
-                                               kKeys);
-      }
-      commit_copies();
-    };
+    const auto first_of = [&](int step) { return begin + static_cast<std::int64_t>(step) * kKeys; };
+    const Pairs pairs{memory + kQueries * D, k, v, block.batch * shape.keys, shape.keys};
+    const auto start = [&](int step) { pairs.start(step, steps, first_of(step), kv_column); };
     queries.template start<kThreads>(q, block.rows, block.first, shape.queries, column, kQueries);
     start(0);
     const Sight sight(shape, block.rows, block.first + row);
@@ -186,9 +199,9 @@ struct AttentionTilesForward {
       start(step + 1);
       wait_for_copies<1>();
       sync_block();
-      const std::int64_t first = begin + static_cast<std::int64_t>(step) * kKeys;
+      const std::int64_t first = first_of(step);
       float score[kKeys / 8][4] = {};
-      multiply_rows<D, kKeys>(queries, row, tile(step, 0), score);
+      multiply_rows<D, kKeys>(queries, row, pairs.tile(step, 0), score);
       HYBRIDMOE_UNROLL
       for (int n = 0; n < kKeys / 8; ++n) {
         HYBRIDMOE_UNROLL
@@ -220,7 +233,7 @@ struct AttentionTilesForward {
         HYBRIDMOE_UNROLL
         for (int n = 0; n < D / 8; ++n) sum[n][2 * half] *= shrink, sum[n][2 * half + 1] *= shrink;
       }
-      multiply_sums<D, kKeys>(score, tile(step, 1), sum);
+      multiply_sums<D, kKeys>(score, pairs.tile(step, 1), sum);
       sync_block();  // the next copies overwrite this stage
     }
     wait_for_copies<0>();
@@ -242,13 +255,14 @@ struct AttentionTilesForward {
 
 template <int D>
 struct AttentionTilesBackwardQuery {
-  static constexpr int kWarps = 4, kThreads = kWarps * kWarp, kQueries = 16 * kWarps, kKeys = 64, kStages = 2;
+  static constexpr int kWarps = 4, kThreads = kWarps * kWarp, kQueries = 16 * kWarps, kKeys = 64;
+  using Pairs = TilePairs<D, kKeys, kThreads>;
   AttentionShape shape;
   Rows<const BFloat16> q, k, v, d_o;
   const float *lse, *delta;
   Rows<BFloat16> dq;
 
-  static constexpr std::size_t kSharedBytes = (2 * kQueries + 2 * kStages * kKeys) * D * sizeof(BFloat16);
+  static constexpr std::size_t kSharedBytes = (2 * kQueries * D + Pairs::kElements) * sizeof(BFloat16);
 
   HYBRIDMOE_DEVICE void operator()() const {
     const QueryBlock<kQueries> block(shape);
@@ -256,21 +270,11 @@ struct AttentionTilesBackwardQuery {
     const int column = block.head * D, kv_column = block.kv_head * D;
     auto* memory = shared_memory<BFloat16>();
     const HeadTile<D> queries{memory}, upstream{memory + kQueries * D};
-    const auto tile = [&](int stage, int which) {
-      return HeadTile<D>{memory + (2 * kQueries + (2 * (stage % kStages) + which) * kKeys) * D};
-    };
     const std::int64_t begin = block.begin_key / kKeys * kKeys;
     const auto steps = static_cast<int>((block.end_key - begin + kKeys - 1) / kKeys);
-    const auto start = [&](int step) {
-      if (step < steps) {
-        const std::int64_t first = begin + static_cast<std::int64_t>(step) * kKeys;
-        tile(step, 0).template start<kThreads>(k, block.batch * shape.keys, first, shape.keys, kv_column,
-                                               kKeys);
-        tile(step, 1).template start<kThreads>(v, block.batch * shape.keys, first, shape.keys, kv_column,
-                                               kKeys);
-      }
-      commit_copies();
-    };
+    const auto first_of = [&](int step) { return begin + static_cast<std::int64_t>(step) * kKeys; };
+    const Pairs pairs{memory + 2 * kQueries * D, k, v, block.batch * shape.keys, shape.keys};
+    const auto start = [&](int step) { pairs.start(step, steps, first_of(step), kv_column); };
     queries.template start<kThreads>(q, block.rows, block.first, shape.queries, column, kQueries);
     upstream.template start<kThreads>(d_o, block.rows, block.first, shape.queries, column, kQueries);
     start(0);
@@ -288,10 +292,10 @@ struct AttentionTilesBackwardQuery {
       start(step + 1);
       wait_for_copies<1>();
       sync_block();
-      const std::int64_t first = begin + static_cast<std::int64_t>(step) * kKeys;
+      const std::int64_t first = first_of(step);
       float score[kKeys / 8][4] = {}, slope[kKeys / 8][4] = {};
-      multiply_rows<D, kKeys>(queries, row, tile(step, 0), score);
-      multiply_rows<D, kKeys>(upstream, row, tile(step, 1), slope);
+      multiply_rows<D, kKeys>(queries, row, pairs.tile(step, 0), score);
+      multiply_rows<D, kKeys>(upstream, row, pairs.tile(step, 1), slope);
       HYBRIDMOE_UNROLL
       for (int n = 0; n < kKeys / 8; ++n) {
         HYBRIDMOE_UNROLL
@@ -301,7 +305,7 @@ struct AttentionTilesBackwardQuery {
           slope[n][i] = p * (slope[n][i] - product[i / 2]);
         }
       }
-      multiply_sums<D, kKeys>(slope, tile(step, 0), sum);
+      multiply_sums<D, kKeys>(slope, pairs.tile(step, 0), sum);
       sync_block();
     }
     wait_for_copies<0>();
@@ -314,13 +318,14 @@ struct AttentionTilesBackwardQuery {
 // queries as keys.
 template <int D>
 struct AttentionTilesBackwardKey {
-  static constexpr int kWarps = 4, kThreads = kWarps * kWarp, kKeys = 16 * kWarps, kQueries = 32, kStages = 2;
+  static constexpr int kWarps = 4, kThreads = kWarps * kWarp, kKeys = 16 * kWarps, kQueries = 32;
+  using Pairs = TilePairs<D, kQueries, kThreads>;
   AttentionShape shape;
   Rows<const BFloat16> q, k, v, d_o;
   const float *lse, *delta;
   Rows<BFloat16> dk, dv;
 
-  static constexpr std::size_t kSharedBytes = (2 * kKeys + 2 * kStages * kQueries) * D * sizeof(BFloat16);
+  static constexpr std::size_t kSharedBytes = (2 * kKeys * D + Pairs::kElements) * sizeof(BFloat16);
 
   HYBRIDMOE_DEVICE void operator()() const {
     const int lane = thread_index() % kWarp, row = thread_index() / kWarp * 16;
@@ -329,9 +334,6 @@ struct AttentionTilesBackwardKey {
     const std::int64_t first_key = block_x() * kKeys, key_rows = batch * shape.keys;
     auto* memory = shared_memory<BFloat16>();
     const HeadTile<D> keys{memory}, values{memory + kKeys * D};
-    const auto tile = [&](int stage, int which) {
-      return HeadTile<D>{memory + (2 * kKeys + (2 * (stage % kStages) + which) * kQueries) * D};
-    };
     // Only queries from the first key on see any of these keys.
     const std::int64_t begin = first_key / kQueries * kQueries;
     const auto per_head = static_cast<int>((shape.queries - begin + kQueries - 1) / kQueries);
@@ -340,14 +342,8 @@ struct AttentionTilesBackwardKey {
     const auto first_of = [&](int step) {
       return begin + static_cast<std::int64_t>(step % per_head) * kQueries;
     };
-    const auto start = [&](int step) {
-      if (step < steps) {
-        const int column = head_of(step) * D;
-        tile(step, 0).template start<kThreads>(q, rows, first_of(step), shape.queries, column, kQueries);
-        tile(step, 1).template start<kThreads>(d_o, rows, first_of(step), shape.queries, column, kQueries);
-      }
-      commit_copies();
-    };
+    const Pairs pairs{memory + 2 * kKeys * D, q, d_o, rows, shape.queries};
+    const auto start = [&](int step) { pairs.start(step, steps, first_of(step), head_of(step) * D); };
     keys.template start<kThreads>(k, key_rows, first_key, shape.keys, kv_head * D, kKeys);
     values.template start<kThreads>(v, key_rows, first_key, shape.keys, kv_head * D, kKeys);
     start(0);
@@ -360,8 +356,8 @@ struct AttentionTilesBackwardKey {
       const std::int64_t first = first_of(step),
                          statistics = (batch * shape.heads + head_of(step)) * shape.queries;
       float score[kQueries / 8][4] = {}, slope[kQueries / 8][4] = {};
-      multiply_rows<D, kQueries>(keys, row, tile(step, 0), score);
-      multiply_rows<D, kQueries>(values, row, tile(step, 1), slope);
+      multiply_rows<D, kQueries>(keys, row, pairs.tile(step, 0), score);
+      multiply_rows<D, kQueries>(values, row, pairs.tile(step, 1), slope);
       HYBRIDMOE_UNROLL
       for (int n = 0; n < kQueries / 8; ++n) {
         HYBRIDMOE_UNROLL
@@ -382,8 +378,8 @@ struct AttentionTilesBackwardKey {
           }
         }
       }
-      multiply_sums<D, kQueries>(score, tile(step, 1), dv_sum);
-      multiply_sums<D, kQueries>(slope, tile(step, 0), dk_sum);
+      multiply_sums<D, kQueries>(score, pairs.tile(step, 1), dv_sum);
+      multiply_sums<D, kQueries>(slope, pairs.tile(step, 0), dk_sum);
       sync_block();
     }
     wait_for_copies<0>();

@@ -1,8 +1,10 @@
-// The norm-gate: residual add, RMSNorm, router and its statistics, and the way back. A block has a token at a
-// time; its first warp routes.
+// The norm-gate: residual add, RMSNorm, router and its statistics, and the way back. In bf16, where the sizes
+// allow it, in tiles (norm_gate_tiles.h); else a block has a token at a time, and its first warp routes.
 #include <algorithm>
 
+#include "core/cuda/norm_gate_tiles.h"
 #include "core/cuda/partials.h"
+#include "core/cuda/residual_row.h"
 #include "core/cuda/router_row.h"
 
 namespace hybridmoe::cuda {
@@ -77,19 +79,7 @@ struct NormGateForwardKernel {
     const int experts = rule.experts;
     const GateMemory<C, W> memory(d, experts, partial != nullptr);
     for (std::int64_t t = block_x(); t < n; t += grid_x()) {
-      float squares = 0;
-      for (std::int64_t i = thread_index(); i < d / W; i += block_threads()) {
-        Vector<C, W> v = load_once<C, W>(x[t] + i * W);
-        if (branch.given()) {
-          const Vector<C, W> b = load_once<C, W>(branch[t] + i * W);
-          HYBRIDMOE_UNROLL
-          for (int j = 0; j < W; ++j) v.value[j] = rounded<C>(to_float(v.value[j]) + to_float(b.value[j]));
-        }
-        if (sum.given()) store<C, W>(sum[t] + i * W, v);
-        HYBRIDMOE_UNROLL
-        for (int j = 0; j < W; ++j) squares += to_float(v.value[j]) * to_float(v.value[j]);
-        memory.row[i] = v;
-      }
+      float squares = read_residual<C, W>(x, branch, sum, t, d, memory.row);
       float r = 1;
       if (gain != nullptr) {
         squares = over_block<Plus>(squares, memory.scratch(experts));
@@ -229,28 +219,61 @@ const Tensor& gate_input(const NormGateForward& op) {
   return op.sum.empty() ? op.x : op.sum;
 }
 
+// Calls body(Constant<E>()) with the experts that tiles are made for; false: these sizes have none.
+template <class Body>
+bool with_gate_tiles(DType compute_type, bool vectors, std::int64_t d, std::int64_t experts,
+                     const Body& body) {
+  if (compute_type != DType::BF16 || !vectors || d % kGateChunk != 0 || experts > 128) return false;
+  if (experts <= 32) {
+    body(Constant<32>());
+  } else if (experts <= 64) {
+    body(Constant<64>());
+  } else {
+    body(Constant<128>());
+  }
+  return true;
+}
+
 }  // namespace
 
 void CudaBackend::norm_gate_forward(const NormGateForward& op, Stream* stream) {
   const std::int64_t n = op.x.rows(), d = op.x.shape[1], experts = op.router.shape[0];
   if (n == 0) return;
-  const std::int64_t blocks = row_parts(n, 4);
   const bool statistics = !op.counts.empty();
-  double* partial =
-      statistics ? workspace<double>(blocks * (2 * experts + GateSums::kExtra), stream) : nullptr;
   const bool vectors = in_vectors(d, {&op.x, &op.branch, &op.gain, &op.router, &op.sum, &op.y});
-  with_vectors(compute_type_, vectors, [&]<class C, int W>(C, Constant<W>) {
-    using Kernel = NormGateForwardKernel<C, W>;
-    launch(Kernel{Rows<const C>(op.x), Rows<const C>(op.branch), elements<const C>(op.gain),
-                  Rows<const C>(op.router), GateRule(op.rule, op.router, op.bias), Rows<C>(op.sum),
-                  Rows<C>(op.y), elements<float>(op.rstd), Rows<float>(op.probs), elements<float>(op.lse),
-                  Rows<std::int32_t>(op.topk), Rows<float>(op.weights), partial, n, d,
-                  static_cast<float>(op.eps)},
-           {.x = blocks,
-            .threads = Kernel::kThreads,
-            .shared_bytes = GateMemory<C, W>::bytes(d, static_cast<int>(experts))},
+  const GateRule rule(op.rule, op.router, op.bias);
+  double* partial = nullptr;
+  std::int64_t blocks = divide_up(n, kGateTokens);
+  const auto allocate = [&] {
+    if (statistics) partial = workspace<double>(blocks * (2 * experts + GateSums::kExtra), stream);
+  };
+  const bool in_tiles = with_gate_tiles(compute_type_, vectors, d, experts, [&]<int E>(Constant<E>) {
+    using Kernel = GateTilesForward<E>;
+    allocate();
+    launch(Kernel{Rows<const BFloat16>(op.x), Rows<const BFloat16>(op.branch),
+                  elements<const BFloat16>(op.gain), Rows<const BFloat16>(op.router), rule,
+                  Rows<BFloat16>(op.sum), Rows<BFloat16>(op.y), elements<float>(op.rstd),
+                  Rows<float>(op.probs), elements<float>(op.lse), Rows<std::int32_t>(op.topk),
+                  Rows<float>(op.weights), partial, n, d, static_cast<float>(op.eps)},
+           {.x = blocks, .threads = Kernel::kThreads, .shared_bytes = Kernel::shared_bytes(rule.experts)},
            stream);
   });
+  if (!in_tiles) {
+    blocks = row_parts(n, 4);
+    allocate();
+  }
+  if (!in_tiles)
+    with_vectors(compute_type_, vectors, [&]<class C, int W>(C, Constant<W>) {
+      using Kernel = NormGateForwardKernel<C, W>;
+      launch(Kernel{Rows<const C>(op.x), Rows<const C>(op.branch), elements<const C>(op.gain),
+                    Rows<const C>(op.router), rule, Rows<C>(op.sum), Rows<C>(op.y), elements<float>(op.rstd),
+                    Rows<float>(op.probs), elements<float>(op.lse), Rows<std::int32_t>(op.topk),
+                    Rows<float>(op.weights), partial, n, d, static_cast<float>(op.eps)},
+             {.x = blocks,
+              .threads = Kernel::kThreads,
+              .shared_bytes = GateMemory<C, W>::bytes(d, static_cast<int>(experts))},
+             stream);
+    });
   if (!statistics) return;
   // counts and prob_sum lie side by side in the partial sums only.
   join_strided<Plus>(partial, 2 * experts, blocks, experts, elements<double>(op.counts), stream);
@@ -265,22 +288,26 @@ void CudaBackend::norm_gate_backward(const NormGateBackward& op, Stream* stream)
   const std::int64_t n = op.dy.rows(), d = op.dy.shape[1], experts = f.router.shape[0];
   if (n == 0) return;
   const Tensor &y = gate_input(f), &sum = f.sum.empty() ? f.x : f.sum;
-  const std::int64_t blocks = row_parts(n, 4);
-  const bool norm = !f.gain.empty();
-  // The products below use the workspace too, but nothing of this after they did.
-  const std::int64_t partial_words = norm ? blocks * d : 0;
-  const std::int64_t rounded_bytes = n * experts * size_of(compute_type_);
-  auto* partial = workspace<float>(partial_words + divide_up(rounded_bytes, 4), stream);
-  const Tensor dlogits(partial + partial_words, compute_type_, {n, experts}, device());
+  const bool norm = !f.gain.empty(), sigmoid = f.rule.scores == RouterScores::Sigmoid;
   const bool vectors = in_vectors(d, {&y, &sum, &f.gain, &f.router, &op.dy, &op.skip, &op.dsum});
-  with_vectors(compute_type_, vectors, [&]<class C, int W>(C, Constant<W>) {
-    using Kernel = NormGateBackwardKernel<C, W>;
-    launch(Kernel{Rows<const C>(y),
-                  Rows<const C>(sum),
-                  elements<const C>(f.gain),
-                  Rows<const C>(f.router),
-                  GateRule(f.rule, f.router, f.bias),
+  const GateRule rule(f.rule, f.router, f.bias);
+  // Of the workspace: dgain by blocks, logits, the rounded gradients of the logits. Products use none of it.
+  const std::int64_t blocks = row_parts(n, 4), all = n * experts;
+  const std::int64_t partial_words = norm ? divide_up(blocks * d, 4) * 4 : 0,
+                     logit_words = divide_up(all, 4) * 4;
+  auto* partial = workspace<float>(partial_words + 2 * logit_words, stream);
+  const Tensor logits(partial + partial_words, DType::F32, {n, experts}, device());
+  const Tensor dlogits(partial + partial_words + logit_words, compute_type_, {n, experts}, device());
+  const bool in_tiles = with_gate_tiles(compute_type_, vectors, d, experts, [&]<int E>(Constant<E>) {
+    using Kernel = GateTilesBackward<E>;
+    // A sigmoid loses what its logit was near 1.
+    if (sigmoid) linear_forward({.x = y, .weight = f.router, .y = logits}, stream);
+    launch(Kernel{Rows<const BFloat16>(sum),
+                  elements<const BFloat16>(f.gain),
+                  Rows<const BFloat16>(f.router),
+                  rule,
                   elements<const float>(f.rstd),
+                  Rows<const float>(logits),
                   Rows<const float>(f.probs),
                   elements<const float>(f.lse),
                   Rows<const std::int32_t>(f.topk),
@@ -289,19 +316,47 @@ void CudaBackend::norm_gate_backward(const NormGateBackward& op, Stream* stream)
                   elements<const double>(op.balance_counts),
                   static_cast<float>(op.balance_scale),
                   static_cast<float>(op.z_scale),
-                  Rows<const C>(op.dy),
-                  Rows<const C>(op.skip),
+                  Rows<const BFloat16>(op.dy),
+                  Rows<const BFloat16>(op.skip),
                   Rows<float>(op.dlogits),
-                  dlogits.ptr<C>(),
-                  Rows<C>(op.dsum),
+                  dlogits.ptr<BFloat16>(),
+                  Rows<BFloat16>(op.dsum),
                   partial,
                   n,
                   d},
-           {.x = blocks,
-            .threads = Kernel::kThreads,
-            .shared_bytes = shared_bytes_of<C>(d) + (2 * d + 4 * experts) * sizeof(float) + kScratchBytes},
+           {.x = blocks, .threads = Kernel::kThreads, .shared_bytes = Kernel::shared_bytes(d, rule.experts)},
            stream);
   });
+  if (!in_tiles)
+    with_vectors(compute_type_, vectors, [&]<class C, int W>(C, Constant<W>) {
+      using Kernel = NormGateBackwardKernel<C, W>;
+      launch(Kernel{Rows<const C>(y),
+                    Rows<const C>(sum),
+                    elements<const C>(f.gain),
+                    Rows<const C>(f.router),
+                    rule,
+                    elements<const float>(f.rstd),
+                    Rows<const float>(f.probs),
+                    elements<const float>(f.lse),
+                    Rows<const std::int32_t>(f.topk),
+                    Rows<const float>(f.weights),
+                    Rows<const float>(op.dweights),
+                    elements<const double>(op.balance_counts),
+                    static_cast<float>(op.balance_scale),
+                    static_cast<float>(op.z_scale),
+                    Rows<const C>(op.dy),
+                    Rows<const C>(op.skip),
+                    Rows<float>(op.dlogits),
+                    dlogits.ptr<C>(),
+                    Rows<C>(op.dsum),
+                    partial,
+                    n,
+                    d},
+             {.x = blocks,
+              .threads = Kernel::kThreads,
+              .shared_bytes = shared_bytes_of<C>(d) + (2 * d + 4 * experts) * sizeof(float) + kScratchBytes},
+             stream);
+    });
   if (norm) join_partials<Plus>(partial, blocks, d, elements<float>(op.dgain), stream);
   linear_backward_weight({.x = y, .dy = dlogits, .dweight = op.drouter}, stream);
 }

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "core/cuda/partials.h"
+#include "core/cuda/residual_row.h"
 
 namespace hybridmoe::cuda {
 namespace {
@@ -20,19 +21,7 @@ struct ResidualNormForwardKernel {
     const std::int64_t t = block_x();
     // What a thread puts there is read by itself only.
     auto* row = shared_memory<Vector<C, W>>();
-    float squares = 0;
-    for (std::int64_t i = thread_index(); i < d / W; i += block_threads()) {
-      Vector<C, W> v = load_once<C, W>(x[t] + i * W);
-      if (branch.given()) {
-        const Vector<C, W> b = load_once<C, W>(branch[t] + i * W);
-        HYBRIDMOE_UNROLL
-        for (int j = 0; j < W; ++j) v.value[j] = rounded<C>(to_float(v.value[j]) + to_float(b.value[j]));
-      }
-      if (sum.given()) store<C, W>(sum[t] + i * W, v);
-      HYBRIDMOE_UNROLL
-      for (int j = 0; j < W; ++j) squares += to_float(v.value[j]) * to_float(v.value[j]);
-      row[i] = v;
-    }
+    float squares = read_residual<C, W>(x, branch, sum, t, d, row);
     squares = over_block<Plus>(squares, after<float>(row, d / W));
     const float r = reciprocal_root(squares / static_cast<float>(d) + eps);
     if (thread_index() == 0) rstd[t] = r;

@@ -304,6 +304,18 @@ void add_norm_gate(Cases& cases) {
        .branch = false,
        .bias = true},
       {.name = "64_experts", .n = 70, .d = 128, .experts = 64, .rule = softmax(8)},
+      {.name = "sigmoid_across_tiles",
+       .n = 150,
+       .d = 192,
+       .experts = 72,
+       .rule = sigmoid(6, 8, 3, 2.0),
+       .bias = true},
+      {.name = "no_norm_across_tiles",
+       .n = 67,
+       .d = 64,
+       .experts = 16,
+       .rule = softmax(2, true),
+       .norm = false},
   };
   for (const GateShape& s : both) {
     cases.push_back(norm_gate_forward(s));

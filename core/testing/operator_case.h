@@ -98,13 +98,12 @@ struct OperatorCase {
 // Bytes that the operator must move at least: inputs once, outputs once, accumulated outputs twice.
 double moved_bytes(const OperatorCase& c, const Backend& backend);
 
-// A backend, and how bytes get to its memory and back (cudaMemcpy with cudaMemcpyDefault, say).
+// A backend to run cases on.
 struct Target {
   Backend* backend;
-  std::function<void(void* to, const void* from, std::size_t bytes)> copy;
-  explicit Target(Backend& target_backend);  // host memory
-  Target(Backend& target_backend, std::function<void(void*, const void*, std::size_t)> copy_function)
-      : backend(&target_backend), copy(std::move(copy_function)) {}
+  explicit Target(Backend& target_backend) : backend(&target_backend) {}
+  // Between its memory and the host's; done on return.
+  void copy(void* to, const void* from, std::size_t bytes) const;
 };
 
 // The operands of a case in a backend's memory and types, with an image of each on the host. Every byte that
@@ -157,7 +156,8 @@ class TensorSet {
 class BoundCase {
  public:
   BoundCase(const OperatorCase& c, const Target& target);
-  void run();  // once; the work is done on return. Accumulated operands keep growing.
+  // So many times, one behind the other; the work is done on return. Accumulated operands keep growing.
+  void run(int times = 1);
 
  private:
   OperatorCase case_;

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "core/cuda/host_device.h"
+#include "core/cuda_plugin.h"
 #include "parallel/thread_communicator.h"
 #include "tests/launcher/layout_oracle.h"
 #include "tests/temporary_directory.h"
@@ -31,7 +32,7 @@ std::string cuda_text(const std::string& of_model = "", const std::string& of_mo
       "precision: F32 telemetry { check_every: 2 expert_every: 1 noise_every: 1 } ");
 }
 
-class CudaTraining : public ::testing::Test {
+class CudaTraining : public ::testing::TestWithParam<bool> {
  protected:
   std::string documents() {
     return testing::write_documents(directory_.file("corpus"),
@@ -47,27 +48,37 @@ class CudaTraining : public ::testing::Test {
   TemporaryDirectory directory_;
 };
 
-testing::Substitutes on_executor() {
+// Where the kernels run: on the host executor, or on a GPU.
+testing::Substitutes on(bool gpu) {
   testing::Substitutes substitutes;
-  substitutes.backend = cuda::make_host_executed_backend(DType::F32, true);
+  substitutes.backend = gpu ? make_cuda_backend({.compute_type = DType::F32})
+                            : cuda::make_host_executed_backend(DType::F32, true);
   return substitutes;
 }
 
-TEST_F(CudaTraining, OneRankComputesWhatTheCpuComputes) {
+bool has_gpu() {
+  try {
+    return cuda_device_count() > 0;
+  } catch (const Error&) {
+    return false;
+  }
+}
+
+TEST_P(CudaTraining, OneRankComputesWhatTheCpuComputes) {
   const std::string corpus = documents();
   for (const std::string& text : {cuda_text(), cuda_text("recompute: true", "capacity_factor: 0.8"),
                                   cuda_text("", "router { scores: SIGMOID bias_update: 0.01 }")}) {
     const OracleRun expected = oracle(text, corpus);
     const auto alone = make_local_communicator();
     const Groups groups = data_parallel_groups(*alone, *alone);
-    TrainerHarness harness(text, corpus, &groups, on_executor());
+    TrainerHarness harness(text, corpus, &groups, on(GetParam()));
     const auto difference = testing::compare_with_oracle(harness, harness.groups(), expected, kCudaBound);
     EXPECT_EQ(difference.what(), "") << text;
     EXPECT_GT(difference.largest(), 0) << "two backends to the bit: was the right one used?";
   }
 }
 
-TEST_F(CudaTraining, LayoutsComputeWhatOneProcessComputes) {
+TEST_P(CudaTraining, LayoutsComputeWhatOneProcessComputes) {
   const std::string corpus = documents(), text = cuda_text();
   const OracleRun expected = oracle(text, corpus);
   Config config = parse_config_text(text, "test");
@@ -77,12 +88,17 @@ TEST_F(CudaTraining, LayoutsComputeWhatOneProcessComputes) {
       const Mesh mesh(layout, config.model().kv_heads());
       const MeshCommunicators communicators(mesh, rank.world(), rank.make_groups());
       const Groups groups = communicators.groups();
-      TrainerHarness harness(text, corpus, &groups, on_executor());
+      TrainerHarness harness(text, corpus, &groups, on(GetParam()));
       const auto difference = testing::compare_with_oracle(harness, harness.groups(), expected, kCudaBound);
       EXPECT_EQ(difference.what(), "") << configuration_text(layout);
     });
   }
 }
+
+// Several ranks share the GPU.
+INSTANTIATE_TEST_SUITE_P(Places, CudaTraining,
+                         ::testing::ValuesIn(has_gpu() ? std::vector{false, true} : std::vector{false}),
+                         [](const auto& place) { return place.param ? "Gpu" : "HostExecutor"; });
 
 }  // namespace
 }  // namespace hybridmoe

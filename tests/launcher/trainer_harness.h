@@ -16,8 +16,8 @@
 #include "core/random.h"
 #include "launcher/exchange_choice.h"
 #include "launcher/trainer.h"
+#include "parallel/device_groups.h"
 #include "parallel/row_exchange.h"
-#include "parallel/staged_communicator.h"
 #include "proto/data.pb.h"
 #include "tests/moe/model_harness.h"
 
@@ -91,10 +91,8 @@ class TrainerHarness {
     data_ = Dataset::open(config_);
     complete(&config_, data_->vocabulary());
     backend_ = substitutes.backend ? std::move(substitutes.backend) : backend_of(config_.precision());
-    if (backend_->device() != Device::CPU) {
-      staged_.emplace(groups_, *backend_);
-      groups_ = staged_->groups();
-    }
+    device_groups_.emplace(groups_, *backend_);
+    groups_ = device_groups_->groups();
     if (config_.model().has_moe()) {
       const MoeConfig& moe = config_.model().moe();
       exchange_ =
@@ -215,7 +213,7 @@ class TrainerHarness {
   Groups groups_;
   std::unique_ptr<Dataset> data_;
   std::unique_ptr<Backend> backend_;
-  std::optional<StagedGroups> staged_;
+  std::optional<DeviceGroups> device_groups_;
   std::unique_ptr<RowExchange> exchange_;
   std::unique_ptr<Trainer> trainer_;
 };

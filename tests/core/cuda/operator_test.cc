@@ -10,17 +10,8 @@
 namespace hybridmoe::testing {
 namespace {
 
-Tensor bytes_at(const void* memory, std::size_t bytes) {
-  return {const_cast<void*>(memory), DType::U8, {static_cast<std::int64_t>(bytes)}};
-}
-
 std::string mistakes_of(const OperatorCase& c, Backend& backend) {
-  const auto reference = make_reference_backend();
-  const Target target(backend, [&](void* to, const void* from, std::size_t bytes) {
-    backend.copy(bytes_at(from, bytes), bytes_at(to, bytes), backend.main_stream());
-    backend.synchronize(backend.main_stream());
-  });
-  return lines(check_parity(c, *reference, target));
+  return lines(check_parity(c, *make_reference_backend(), Target(backend)));
 }
 
 class OnExecutor : public ::testing::TestWithParam<OperatorCase> {};
