@@ -328,8 +328,6 @@ DeviceTransport Worker::choose_device_transport() const {
 
 void Worker::choose_backend() {
   threads_ = threads_per_rank(config_, world());
-  const std::string device = choose_device();
-  say(world(), cat("device ", devices_ > 0 ? "CUDA" : "CPU", ": ", device));
   std::string reason = choose_precision();
   keep_precision(&reason);
   if (options_.resume && manifest_.layout().threads() != threads_) {
@@ -618,6 +616,8 @@ int Worker::finish() {
 
 int Worker::run() {
   load();
+  const std::string reason = choose_device();
+  say(world(), cat("device ", devices_ > 0 ? "CUDA" : "CPU", ": ", reason));
   open_run_directory();
   start_watchdog();
   choose_backend();

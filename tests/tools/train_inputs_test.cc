@@ -62,6 +62,25 @@ TEST_F(TrainInputs, MissingConfiguration) {
   EXPECT_FALSE(fs::exists(path("run")));
 }
 
+TEST_F(TrainInputs, AGpuThatIsAskedForAndIsNotThere) {
+  // Where no plug-in lies, whatever this machine has.
+  const std::map<std::string, std::string> nowhere = {{"HYBRIDMOE_PLUGINS", path("")}};
+  const Outcome refused = run(arguments(path("run"), {"--set", "device=CUDA"}), 2, nowhere);
+  expect_failure(refused, {"no CUDA: this build has no plug-in in " + path("")});
+  EXPECT_FALSE(fs::exists(path("run")));
+  const Outcome fallen_back = run(arguments(path("run")), 2, nowhere);
+  expect_success(fallen_back);
+  EXPECT_NE(fallen_back.out.find("device CPU: no CUDA: this build has no plug-in"), std::string::npos)
+      << fallen_back.str();
+}
+
+TEST_F(TrainInputs, APluginThatIsNone) {
+  write("libhybridmoe_cuda.so", "not a library");
+  const Outcome outcome =
+      run(arguments(path("run"), {"--set", "device=CUDA"}), 2, {{"HYBRIDMOE_PLUGINS", path("")}});
+  expect_failure(outcome, {"no CUDA: the plug-in cannot be loaded", "libhybridmoe_cuda.so"});
+}
+
 TEST_F(TrainInputs, AllMistakesOfAConfigurationAtOnce) {
   write("bad.textproto",
         "model {\n"
