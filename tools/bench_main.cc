@@ -29,7 +29,7 @@ struct Options {
   std::string precision = "auto", size = "all", device = "cpu", filter, config;
   std::vector<std::string> overrides;
   int threads = 0;
-  double seconds = 0.2, step_seconds = 5;
+  double seconds = 0.2, step_seconds = 5, skew = 1;
   bool no_operators = false, no_step = false, no_flush = false, exchange = false, telemetry = false;
   int hosts = 0, rounds = 15;
 };
@@ -64,6 +64,9 @@ int parse(int argc, char** argv, Options* options) {
   app.add_option("--filter", options->filter, "only operators whose name contains this");
   app.add_option("--seconds", options->seconds, "spent on each operator")->capture_default_str();
   app.add_option("--step_seconds", options->step_seconds, "spent on the training step")
+      ->capture_default_str();
+  app.add_option("--skew", options->skew,
+                 "of the training step: multiply the routers' weights for a quarter of the experts by this")
       ->capture_default_str();
   app.add_flag("--no_operators", options->no_operators, "skip the operators");
   app.add_flag("--no_step", options->no_step, "skip the training step");
@@ -219,7 +222,7 @@ void run(const Options& options, const MpiWorld& ranks) {
       require(violations.empty(), to_string(violations, model.name()));
       const Mesh mesh(layout_of(model.parallel(), world.size()), kv_heads_of(model.model()));
       const MeshCommunicators communicators(mesh, world, ranks.make_groups());
-      const StepBench bench{.config = model, .seconds = options.step_seconds};
+      const StepBench bench{.config = model, .seconds = options.step_seconds, .skew = options.skew};
       const DeviceGroups groups(communicators.groups(), *backend);
       if (options.telemetry) {
         bench_telemetry(*backend, groups.groups(), bench, out);

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <vector>
@@ -60,6 +61,7 @@ double largest_over(Communicator& world, double value) {
 
 struct Timing {
   std::vector<double> steps;  // seconds, of the slowest rank
+  double busiest = 0;         // the most that an expert of any layer got, in balanced loads; of the last step
   StepSeconds parts;          // of this rank, summed over the steps
 };
 
@@ -68,7 +70,14 @@ Timing time_steps(Trainer& trainer, Communicator& world, double seconds) {
   Timing timing;
   double spent = 0;
   while (timing.steps.size() < 3 || spent < seconds) {
-    const StepSeconds own = trainer.step(false).seconds;
+    const StepResult result = trainer.step(false);
+    const StepSeconds& own = result.seconds;
+    timing.busiest = 0;
+    for (const ModelStatistics::MoeLayer& layer : result.model.moe) {
+      const double total = std::accumulate(layer.counts.begin(), layer.counts.end(), 0.0);
+      const double most = *std::max_element(layer.counts.begin(), layer.counts.end());
+      timing.busiest = std::max(timing.busiest, most * static_cast<double>(layer.counts.size()) / total);
+    }
     const double slowest = largest_over(world, own.total);
     timing.steps.push_back(slowest);
     spent += slowest;  // the same on every rank, so that all stop together
@@ -90,11 +99,12 @@ void print(const Trainer& trainer, const Timing& timing, double limit, std::ostr
   std::snprintf(
       text, sizeof text,
       "training step: median %.1f ms, best %.1f ms (%zu steps); %.0f tokens/s; %.1f GFLOP/s, %.1f%% of the "
-      "limit %.1f\n  forward %.1f%%, backward %.1f%%, communication %.1f%%, optimizer %.1f%%\n",
+      "limit %.1f\n  forward %.1f%%, backward %.1f%%, communication %.1f%%, optimizer %.1f%%; the busiest "
+      "expert had %.1f times a balanced load\n",
       median * 1e3, timing.steps.front() * 1e3, timing.steps.size(),
       static_cast<double>(trainer.tokens_per_step()) / median, flops / median * 1e-9,
       100 * flops / median / limit, limit * 1e-9, share(timing.parts.forward), share(timing.parts.backward),
-      share(timing.parts.communication), share(timing.parts.optimizer));
+      share(timing.parts.communication), share(timing.parts.optimizer), timing.busiest);
   out << text;
 }
 
@@ -117,9 +127,29 @@ class BenchTrainer {
     trainer_->start();
   }
   Trainer& trainer() { return *trainer_; }
+  // Makes the routers prefer the first quarter of the experts: their logits spread so many times as wide.
+  void skew(double factor) {
+    ParameterStore& parameters = trainer_->parameters();
+    for (auto& bucket : parameters.buckets()) {
+      for (const auto& range : bucket.owned) {
+        if (range.kind != TensorKind::Router) continue;
+        const Shape& shape = parameters.spec(range.parameter).global_shape;
+        const std::int64_t end =
+            std::clamp<std::int64_t>(shape.elements() / 4 - range.global_begin, 0, range.length);
+        scale(bucket.owned_master().flat(range.shard_begin, range.shard_begin + end), factor);
+      }
+    }
+    trainer_->restored();
+  }
   std::string folder() const { return tokens_.folder(); }
 
  private:
+  void scale(const Tensor& values, double factor) {
+    trainer_->host().update(values, [&](const Tensor& part) {
+      for (std::int64_t i = 0; i < part.elements(); ++i) part.ptr<float>()[i] *= static_cast<float>(factor);
+    });
+  }
+
   Config config_;
   RandomTokens tokens_;
   std::unique_ptr<Dataset> dataset_;
@@ -155,6 +185,7 @@ Shift shift_of(const std::vector<double>& differences) {
 void bench_step(Backend& backend, const Groups& groups, double rank_limit, const StepBench& bench,
                 std::ostream& out) {
   BenchTrainer trained(backend, groups, bench.config);
+  if (bench.skew != 1) trained.skew(bench.skew);
   const Timing timing = time_steps(trained.trainer(), *groups.world, bench.seconds);
   const double limit = sum_over(*groups.world, rank_limit);
   print(trained.trainer(), timing, limit, out);

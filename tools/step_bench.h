@@ -12,6 +12,7 @@ namespace hybridmoe {
 struct StepBench {
   Config config;       // model, batch and data's vocabulary; its data sources are replaced
   double seconds = 5;  // about how long to go on stepping; at least three steps
+  double skew = 1;     // of the routers: their weights for a quarter of the experts are multiplied by this
 };
 
 // Collective over groups.world. `rank_limit` is this rank's product limit in FLOP/s, measured on all ranks at
