@@ -216,7 +216,7 @@ int run(int argc, char** argv) {
   compare_command->add_option("RUN", options.runs, "run directories")->required();
   add_mode(compare_command);
   compare_command->add_option("--metric", options.compare.metric, "which (default: grad_norm)");
-  compare_command->add_option("--by", options.compare.by, "what makes a row (default: layer)")
+  compare_command->add_option("--by", options.compare.by, "what makes a row of a dense metric (default: layer)")
       ->check(CLI::IsMember({"layer", "kind", "element", "total"}));
   compare_command->add_option("--kind", options.compare.kinds, "tensor kinds to take (up,down; default: all)")
       ->delimiter(',');

@@ -51,7 +51,7 @@ std::size_t RunWindow::index(std::int64_t step) const {
 
 std::vector<DenseSeries::Element> series_elements(const RunHeader& header, const MetricDefinition& metric) {
   std::vector<DenseSeries::Element> elements;
-  for (const std::string& label : element_labels(header, metric)) elements.push_back({label, -1, ""});
+  for (const std::string& label : element_labels(header, metric)) elements.push_back({label, -1, "", 0});
   if (metric.axis_size() == 0) return elements;
   const MetricAxis& first = header.axis(metric.axis(0));
   const std::size_t inner =
@@ -60,6 +60,7 @@ std::vector<DenseSeries::Element> series_elements(const RunHeader& header, const
     const MetricAxis::Entry& entry = first.entry(static_cast<int>(i / inner));
     elements[i].layer = entry.layer();
     elements[i].kind = entry.kind();
+    elements[i].elements = entry.elements();
   }
   return elements;
 }

@@ -21,9 +21,10 @@ void visit_steps(const std::string& directory, ReadMode mode, const std::vector<
 // One metric over the steps of a window.
 struct DenseSeries {
   struct Element {
-    std::string label;  // "layer_03.qkv", "layer_03/12"
-    int layer = -1;     // -1: belongs to none
-    std::string kind;   // "qkv"; empty where the metric has no kinds
+    std::string label;          // "layer_03.qkv", "layer_03/12"
+    int layer = -1;             // -1: belongs to none
+    std::string kind;           // "qkv"; empty where the metric has no kinds
+    std::int64_t elements = 0;  // tensor elements that it is a number of; 0: not recorded
   };
   std::vector<Element> elements;
   std::vector<std::vector<double>> rows;  // by step of the window; empty: not recorded there

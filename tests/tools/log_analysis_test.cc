@@ -146,6 +146,47 @@ TEST_F(LogAnalysis, CompareJoinsNormsByLayer) {
   EXPECT_NE(log_program("compare " + both + " --at soon").status, 0);
 }
 
+// Root mean squares of unequal tensors: the large one counts for more.
+TEST_F(LogAnalysis, CompareWeighsRootMeanSquaresByElements) {
+  const int up = SyntheticRun::row(2, SyntheticRun::kUp), down = SyntheticRun::row(2, SyntheticRun::kDown);
+  RunHeader header;
+  run_.table.define(&header);
+  header.set_resume_step(1);
+  for (MetricAxis& axis : *header.mutable_axis()) {
+    if (axis.name() != "gradient") continue;
+    for (MetricAxis::Entry& entry : *axis.mutable_entry())
+      entry.set_elements(entry.kind() == "up" ? 300 : 100);
+  }
+  LogWriter writer(telemetry_directory(run_of("run")), header, {});
+  StepRecord record = run_.healthy(1);
+  metric_values(&record, run_.adam_rms)[up] = 3;
+  metric_values(&record, run_.adam_rms)[down] = 1;
+  writer.step(std::move(record));
+  writer.close();
+  const AnalysisJson json =
+      log_json("compare " + run_of("run") + " --metric adam_rms --by layer --kind up,down --at 1");
+  EXPECT_NEAR(json["columns"][0]["values"][2], std::sqrt((300.0 * 9 + 100) / 400), 1e-6) << json;
+}
+
+TEST_F(LogAnalysis, CompareTakesScalars) {
+  const auto set_loss = [this](double factor) {
+    return [this, factor](StepRecord* record) {
+      set_metric(record, run_.loss, factor * static_cast<double>(record->step()));
+    };
+  };
+  write("a", 20, set_loss(1));
+  write("b", 20, set_loss(2));
+  const std::string command = "compare " + run_of("a") + " " + run_of("b") + " --metric loss --at 10,last";
+  const AnalysisJson json = log_json(command);
+  EXPECT_EQ(json["rows"], AnalysisJson{"loss"});
+  ASSERT_EQ(json["columns"].size(), 4u);
+  EXPECT_EQ(json["columns"][0]["values"], AnalysisJson{10.0});
+  EXPECT_EQ(json["columns"][3]["values"], AnalysisJson{40.0});
+  const Output kinds = log_program(command + " --kind up");
+  EXPECT_EQ(kinds.status, 3);
+  EXPECT_NE(kinds.text.find("--kind"), std::string::npos) << kinds.text;
+}
+
 TEST_F(LogAnalysis, CheckExitStatus) {
   write("ok", 300);
   write("warn", 300, [this](StepRecord* record) {
