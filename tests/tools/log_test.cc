@@ -62,13 +62,36 @@ TEST_F(LogTool, SummaryCountsTheMergedRun) {
   // Layer 1: all tokens to one of four experts.
   EXPECT_EQ(summary.router.worst_layer, "layer_1");
   EXPECT_EQ(summary.router.worst_max_violation, 3);
-  EXPECT_EQ(summary.router.dead_experts, 7);
+  EXPECT_EQ(summary.router.dead_experts, 0) << "seven are idle, but not for 100 steps";
 
   std::ostringstream text;
   print_summary(summary, text);
   EXPECT_NE(text.str().find("step 50 of 100 (50 %)"), std::string::npos) << text.str();
   EXPECT_NE(text.str().find("bits_per_byte 2.25"), std::string::npos) << text.str();
   EXPECT_NE(text.str().find("10 steps computed again later"), std::string::npos) << text.str();
+}
+
+// Without a token in one step: idle. For a hundred: dead, as `check` and `router` count them.
+TEST(LogSummary, AnExpertIsDeadAfterAHundredSteps) {
+  const TrainingMetrics metrics(small_model());
+  TemporaryDirectory run;
+  const auto dead_after = [&](int steps) {
+    const std::string directory = telemetry_directory(run.file(cat("run", steps)));
+    LogOptions options;
+    options.rotate_bytes = 20000;  // the hundred steps lie in several segments
+    LogWriter writer(directory, header_of(metrics), options);
+    for (int step = 1; step <= steps; ++step) {
+      StepRecord record = step_of(metrics, step);
+      for (std::uint64_t& load : metric_counts(&record, metrics.expert_load)) load = 1;
+      if (step > 50) metric_counts(&record, metrics.expert_load)[2] = 0;
+      if (step == steps) metric_counts(&record, metrics.expert_load)[3] = 0;
+      writer.step(std::move(record));
+    }
+    writer.close();
+    return summarize(RunLog(directory, {.scalars_only = true})).router.dead_experts;
+  };
+  EXPECT_EQ(dead_after(149), 0);
+  EXPECT_EQ(dead_after(150), 1);
 }
 
 TEST_F(LogTool, SummaryForPrograms) {
