@@ -208,7 +208,7 @@ void Recorder::add_measures(const StepResult& result, StepRecord* record) const 
   set(m.logz_mean, measured.lse_mean);
   set(m.logz_max, measured.lse_max);
   set(m.output_logit_max, measured.output_logit_max);
-  set(m.gradient_noise_scale, measured.gradient_noise_scale);
+  if (!std::isnan(measured.gradient_noise_scale)) set(m.gradient_noise_scale, measured.gradient_noise_scale);
   if (measured.replica_mismatches >= 0) {
     set(m.replica_mismatches, static_cast<double>(measured.replica_mismatches));
   }

@@ -382,7 +382,11 @@ TEST_F(LogAnalysis, TensorBoardEventsHoldTheMergedRun) {
   evaluation.mutable_value(0)->set_value(1.5);
   run_.write(telemetry_directory(run_of("run")), 200,
              [this](StepRecord* record) {
-               set_metric(record, run_.loss, 1.0 / static_cast<double>(record->step()));
+               const bool broken = record->step() == 77;
+               set_metric(record, run_.loss, broken ? NAN : 1.0 / static_cast<double>(record->step()));
+               for (int kind = 0; kind < SyntheticRun::kKinds; ++kind)
+                 metric_values(record, run_.layer_grad_norm)[SyntheticRun::row(3, SyntheticRun::Kind(kind))] =
+                     3;
                metric_values(record, run_.resid_rms)[4] = static_cast<float>(record->step());
              },
              {evaluation});
@@ -399,7 +403,10 @@ TEST_F(LogAnalysis, TensorBoardEventsHoldTheMergedRun) {
     const EventFile::Event& event = events[step];
     EXPECT_EQ(event.step, step);
     EXPECT_EQ(event.wall_time, 1000.0 + static_cast<double>(step));
-    EXPECT_EQ(event.values.at("train/loss"), static_cast<float>(1.0 / static_cast<double>(step)));
+    const float loss = event.values.at("train/loss");
+    EXPECT_TRUE(step == 77 ? std::isnan(loss) : loss == static_cast<float>(1.0 / static_cast<double>(step)));
+    EXPECT_FLOAT_EQ(event.values.at("grad_norm/layer_3"), 6);  // four kinds of norm 3
+    EXPECT_GT(event.values.at("grad_norm/embedding"), 0);
     EXPECT_EQ(event.values.at("resid_rms/layer_4"), static_cast<float>(step));
     EXPECT_EQ(event.values.count("train/replica_mismatches"), step % 50 == 0 ? 1u : 0u);
     EXPECT_EQ(event.values.count("expert_load/layer_0/0"), 0u);
@@ -423,6 +430,8 @@ TEST_F(LogAnalysis, TheDocumentedFormatIsEnoughForAReader) {
   for (std::int64_t step = 41; step <= 80; ++step) {
     StepRecord record = run_.healthy(step);
     if (step == 50) record.clear_value(), record.clear_count();  // dropped
+    if (step == 60) set_metric(&record, run_.loss, NAN), metric_values(&record, run_.dresid_norm)[1] = NAN;
+    if (step == 61) set_metric(&record, run_.grad_norm, -INFINITY);
     second.step(std::move(record));
   }
   second.close();
@@ -436,6 +445,7 @@ TEST_F(LogAnalysis, TheDocumentedFormatIsEnoughForAReader) {
   };
   const std::string scalars = log_program("export " + run_of("run") + " --csv").text;
   EXPECT_EQ(std::count(scalars.begin(), scalars.end(), '\n'), 81);
+  EXPECT_NE(scalars.find("\n60,1,1060.000,nan,"), std::string::npos) << scalars;
   EXPECT_EQ(python(""), scalars);
   EXPECT_EQ(python(" expert_load dresid_norm nonfinite"),
             log_program("export " + run_of("run") +

@@ -137,10 +137,40 @@ TEST_F(LogTool, JsonHoldsEverything) {
   ASSERT_EQ(json["steps"].size(), 50u);
   EXPECT_EQ(json["steps"][39]["loss"], 0.05);
   EXPECT_EQ(json["steps"][39]["expert_load"][5], 40);
-  EXPECT_TRUE(json["steps"][49]["loss"].is_null());
+  EXPECT_EQ(json["steps"][49]["loss"], "Infinity");
   EXPECT_TRUE(json["steps"][0]["z_loss"].is_null());
   EXPECT_EQ(json["events"].size(), 1u);
   EXPECT_EQ(json["header"]["metrics"][0]["name"], "loss");
+}
+
+// A loss that is no number must not look like one that was not measured.
+TEST(LogExportTest, WhatIsNotFiniteIsNotMissing) {
+  const TrainingMetrics metrics(small_model());
+  TemporaryDirectory run;
+  LogWriter writer(run.path(), header_of(metrics), {});
+  StepRecord record = step_of(metrics, 1, -std::nan(""));
+  metric_values(&record, metrics.router_entropy)[0] = NAN;
+  metric_values(&record, metrics.router_entropy)[1] = -INFINITY;
+  writer.step(std::move(record));
+  EventRecord event = event_of(EventRecord::EVALUATION, 1);
+  event.add_value()->set_name("loss");
+  event.mutable_value(0)->set_value(NAN);
+  writer.event(std::move(event));
+  writer.close();
+  const LogExport what = {{"loss", "z_loss", "router_entropy"}, false};
+  std::ostringstream csv, json_text;
+  export_csv(run.path(), {}, what, csv);
+  EXPECT_NE(csv.str().find(",nan,,nan,-inf\n"), std::string::npos) << csv.str();
+  export_json(run.path(), {}, what, json_text);
+  const Json json = Json::parse(json_text.str());
+  EXPECT_EQ(json["steps"][0]["loss"], "NaN");
+  EXPECT_TRUE(json["steps"][0]["z_loss"].is_null());
+  EXPECT_EQ(json["steps"][0]["router_entropy"], (Json{"NaN", "-Infinity"}));
+  EXPECT_EQ(json["events"][0]["values"]["loss"], "NaN");
+  // The index of a finished segment keeps the difference.
+  const RunLog log(run.path());
+  EXPECT_TRUE(was_measured(log.column("loss")[0]));
+  EXPECT_FALSE(was_measured(log.column("z_loss")[0]));
 }
 
 TEST_F(LogTool, ProgramsExitStatus) {
