@@ -1,6 +1,5 @@
 // hybridmoe-log: what the log of a run says. See docs/telemetry.md.
 #include <CLI/CLI.hpp>
-#include <fstream>
 #include <iostream>
 
 #include "core/error.h"
@@ -13,6 +12,7 @@
 #include "tools/log_tables.h"
 #include "tools/log_tensorboard.h"
 #include "tools/log_why.h"
+#include "tools/output_file.h"
 
 namespace hybridmoe {
 namespace {
@@ -57,26 +57,22 @@ int export_log(const Options& options) {
     std::cout << result.file << ": " << result.steps << " steps, " << result.values << " values\n";
     return 0;
   }
-  std::ofstream file;
-  if (!options.output.empty()) {
-    file.open(options.output, std::ios::binary);
-    require(file.good(), options.output, ": cannot write this file");
+  const auto write = [&options](std::ostream& out) {
+    (options.json ? export_json : export_csv)(find_log_directory(options.run), read_options(options),
+                                              options.what, out);
+  };
+  if (options.output.empty()) {
+    write(std::cout);
+    std::cout.flush();
+    require(std::cout.good(), "standard output: writing failed; is the disk full?");
+  } else {
+    write_output_file(options.output, write);
   }
-  std::ostream& out = options.output.empty() ? std::cout : file;
-  (options.json ? export_json : export_csv)(find_log_directory(options.run), read_options(options),
-                                            options.what, out);
-  out.flush();
-  require(out.good(), options.output.empty() ? "standard output" : options.output,
-          ": writing failed; is the disk full?");
   return 0;
 }
 
 int report(const Options& options) {
-  std::ofstream file(options.output, std::ios::binary);
-  require(file.good(), options.output, ": cannot write this file");
-  write_report(options.runs, file);
-  file.close();
-  require(file.good(), options.output, ": writing failed; is the disk full?");
+  write_output_file(options.output, [&options](std::ostream& out) { write_report(options.runs, out); });
   std::cout << options.output << ": open it in a browser\n";
   return 0;
 }
@@ -121,10 +117,7 @@ int compare(const Options& options) {
   for (const std::string& run : options.runs) directories.push_back(find_log_directory(run));
   const Comparison comparison = compare_runs(directories, read_options(options).mode, options.compare);
   if (!options.output.empty()) {
-    std::ofstream file(options.output);
-    draw_comparison(comparison, file);
-    file.close();
-    require(file.good(), options.output, ": cannot write this file");
+    write_output_file(options.output, [&](std::ostream& out) { draw_comparison(comparison, out); });
   }
   (options.json ? print_comparison_json : print_comparison)(comparison, std::cout);
   return 0;
@@ -216,7 +209,8 @@ int run(int argc, char** argv) {
   compare_command->add_option("RUN", options.runs, "run directories")->required();
   add_mode(compare_command);
   compare_command->add_option("--metric", options.compare.metric, "which (default: grad_norm)");
-  compare_command->add_option("--by", options.compare.by, "what makes a row of a dense metric (default: layer)")
+  compare_command
+      ->add_option("--by", options.compare.by, "what makes a row of a dense metric (default: layer)")
       ->check(CLI::IsMember({"layer", "kind", "element", "total"}));
   compare_command->add_option("--kind", options.compare.kinds, "tensor kinds to take (up,down; default: all)")
       ->delimiter(',');

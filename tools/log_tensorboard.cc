@@ -114,7 +114,10 @@ TensorBoardExport export_tensorboard(const std::string& directory, ReadMode mode
                     newest.run_id().empty() ? "run" : newest.run_id());
   require(!std::filesystem::exists(result.file), result.file,
           ": exists already; remove it or name another directory");
-  RecordWriter file(result.file);
+  // Aside, and not by a name that TensorBoard takes for an event file.
+  const std::string unfinished = output + "/unfinished-export";
+  std::filesystem::remove(unfinished, error);  // of an export that was killed
+  RecordWriter file(unfinished);
   std::string first;
   put_fixed(1, newest.wall_time(), &first);
   put_bytes(3, "brain.Event:2", &first);
@@ -157,6 +160,8 @@ TensorBoardExport export_tensorboard(const std::string& directory, ReadMode mode
   });
   file.sync();
   file.close();
+  std::filesystem::rename(unfinished, result.file, error);
+  require(!error, result.file, ": cannot rename the finished file to this: ", error.message());
   return result;
 }
 

@@ -1,10 +1,13 @@
 #include <cstdio>
+#include <filesystem>
+#include <fstream>
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 #include <sstream>
 #include <sys/wait.h>
 
 #include "core/telemetry/log_writer.h"
+#include "tests/flip_bit.h"
 #include "tests/small_log.h"
 #include "tests/temporary_directory.h"
 #include "tools/log_export.h"
@@ -186,6 +189,29 @@ TEST_F(LogTool, ProgramsExitStatus) {
   EXPECT_NE(run_program("export " + run_.path() + " --output /dev/full").second, 0);
 
   const std::string segment = log_segment_path(directory_, 0, 0);
+  // What cannot be made leaves what was there.
+  const std::string board = run_.file("board");
+  std::ofstream(csv) << "old";
+  std::ofstream(run_.file("picture.svg")) << "old";
+  flip_bit(segment, 2000);
+  EXPECT_EQ(run_program("export " + run_.path() + " --output " + csv).second, 3);
+  EXPECT_EQ(run_program("export " + run_.path() + " --tensorboard " + board).second, 3);
+  EXPECT_EQ(
+      run_program("compare " + run_.path() + " --metric nonfinite --svg " + run_.file("picture.svg")).second,
+      3);
+  EXPECT_EQ(run_program("report " + run_.path() + " --html " + csv).second, 3);
+  for (const std::string& file : {csv, run_.file("picture.svg")}) {
+    std::string text;
+    std::ifstream(file) >> text;
+    EXPECT_EQ(text, "old") << file;
+    EXPECT_FALSE(std::filesystem::exists(file + ".partial"));
+  }
+  flip_bit(segment, 2000);  // as it was
+  const auto [board_text, board_status] = run_program("export " + run_.path() + " --tensorboard " + board);
+  EXPECT_EQ(board_status, 0) << "a failed export must not stand in the way: " << board_text;
+  const auto in_board = std::filesystem::directory_iterator(board);
+  EXPECT_EQ(std::distance(begin(in_board), end(in_board)), 1) << "nothing but the event file";
+
   std::filesystem::resize_file(segment, std::filesystem::file_size(segment) / 4);
   const auto [output, status] = run_program("verify " + run_.path());
   EXPECT_EQ(status, 3) << output;
