@@ -160,6 +160,39 @@ int watch_run(const WatchRequest& request, std::ostream& out) {
   }
 }
 
+void print_verification(const LogVerification& result, std::ostream& out) {
+  for (const LogProblem& note : result.notes) out << "note: " << note.str() << '\n';
+  for (const LogProblem& problem : result.problems) out << "PROBLEM: " << problem.str() << '\n';
+  out << result.attempts << " attempts, " << result.segments << " segments, ";
+  if (result.rank_logs > 0) out << result.rank_logs << " files of single ranks, ";
+  out << result.records << " records, " << result.bytes << " bytes; steps " << result.first_step << " to "
+      << result.last_step << '\n';
+  if (result.good()) {
+    out << "good: checksums match, no step is missing\n";
+  } else {
+    out << result.problems.size() << " problems; the first: " << result.problems.front().str() << '\n';
+  }
+}
+
+void print_verification_json(const LogVerification& result, std::ostream& out) {
+  const auto list = [](const std::vector<LogProblem>& problems) {
+    CheckJson entries = CheckJson::array();
+    for (const LogProblem& problem : problems)
+      entries.push_back({{"file", problem.path},
+                         {"byte", problem.offset < 0 ? CheckJson() : CheckJson(problem.offset)},
+                         {"what", problem.what}});
+    return entries;
+  };
+  out << CheckJson{{"good", result.good()},         {"attempts", result.attempts},
+                   {"segments", result.segments},   {"rank_logs", result.rank_logs},
+                   {"records", result.records},     {"bytes", result.bytes},
+                   {"steps", result.steps},         {"first_step", result.first_step},
+                   {"last_step", result.last_step}, {"problems", list(result.problems)},
+                   {"notes", list(result.notes)}}
+             .dump(2)
+      << '\n';
+}
+
 void print_skip_plan(const SkipPlan& plan, std::ostream& out) {
   out << plan.why.sentence << "\n\n";
   using Cause = Attribution::Cause;

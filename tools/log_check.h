@@ -1,4 +1,4 @@
-// Judging a run, once or while it goes on, and the way past an incident.
+// Judging a log and its run, and the way past an incident.
 #pragma once
 
 #include <ostream>
@@ -42,6 +42,9 @@ struct WatchRequest {
 // corrupt), HYBRIDMOE_STEP and HYBRIDMOE_MESSAGE in its environment. Waits for a log that is not there yet.
 // Returns the last status when the run has ended in order.
 int watch_run(const WatchRequest& request, std::ostream& out);
+
+void print_verification(const LogVerification& result, std::ostream& out);
+void print_verification_json(const LogVerification& result, std::ostream& out);
 
 void print_skip_plan(const SkipPlan& plan, std::ostream& out);
 void print_skip_plan_json(const SkipPlan& plan, std::ostream& out);

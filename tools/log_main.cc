@@ -3,7 +3,6 @@
 #include <iostream>
 
 #include "core/error.h"
-#include "core/telemetry/log_verify.h"
 #include "tools/log_check.h"
 #include "tools/log_export.h"
 #include "tools/log_figure.h"
@@ -72,25 +71,17 @@ int export_log(const Options& options) {
 }
 
 int report(const Options& options) {
-  write_output_file(options.output, [&options](std::ostream& out) { write_report(options.runs, out); });
+  write_output_file(options.output, [&options](std::ostream& out) {
+    write_report(options.runs, read_options(options).mode, out);
+  });
   std::cout << options.output << ": open it in a browser\n";
   return 0;
 }
 
 int verify(const Options& options) {
   const LogVerification result = verify_log(find_log_directory(options.run));
-  for (const LogProblem& note : result.notes) std::cout << "note: " << note.str() << '\n';
-  for (const LogProblem& problem : result.problems) std::cout << "PROBLEM: " << problem.str() << '\n';
-  std::cout << result.attempts << " attempts, " << result.segments << " segments, ";
-  if (result.rank_logs > 0) std::cout << result.rank_logs << " files of single ranks, ";
-  std::cout << result.records << " records, " << result.bytes << " bytes; steps " << result.first_step
-            << " to " << result.last_step << '\n';
-  if (result.good()) {
-    std::cout << "good: checksums match, no step is missing\n";
-    return 0;
-  }
-  std::cout << result.problems.size() << " problems; the first: " << result.problems.front().str() << '\n';
-  return kCorrupt;
+  (options.json ? print_verification_json : print_verification)(result, std::cout);
+  return result.good() ? 0 : kCorrupt;
 }
 
 int why(const Options& options) {
@@ -185,10 +176,12 @@ int run(int argc, char** argv) {
       "report", "One page of HTML that explains runs: losses, layers, router, timing, events, configuration");
   report_command->add_option("RUN", options.runs, "run directories; several are overlaid")->required();
   report_command->add_option("--html", options.output, "file to write")->required();
+  add_mode(report_command);
 
   CLI::App* verify_command = app.add_subcommand(
       "verify", "Checks framing, checksums, definitions and that no step is missing; exit status 0 or 3");
   add_run(verify_command);
+  verify_command->add_flag("--json", options.json, "for programs");
 
   CLI::App* why_command = app.add_subcommand(
       "why", "What went wrong: the first sign, its layer, tensor, data, lead over the loss");

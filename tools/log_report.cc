@@ -173,10 +173,10 @@ ReportJson facts_json(const RunLog& log) {
 
 // What went wrong, as `hybridmoe-log why` finds it; explained are the first few, because each is looked up in
 // the log.
-ReportJson incidents_json(const std::string& directory, const RunLog& log) {
+ReportJson incidents_json(const std::string& directory, ReadMode mode, const RunLog& log) {
   ReportJson json = ReportJson::array();
   if (log.steps().empty()) return json;
-  const Explanation first = explain(directory, ReadMode::TolerateTail, 0);
+  const Explanation first = explain(directory, mode, 0);
   const auto add = [&json](const Incident& incident, const Attribution* cause) {
     json.push_back({{"step", cause == nullptr ? incident.first_step : cause->step},
                     {"last_step", incident.last_step},
@@ -195,24 +195,23 @@ ReportJson incidents_json(const std::string& directory, const RunLog& log) {
     if (i >= kExplained) {
       add(incident, nullptr);
     } else {
-      const Explanation own =
-          i == 0 ? first : explain(directory, ReadMode::TolerateTail, incident.first_step);
+      const Explanation own = i == 0 ? first : explain(directory, mode, incident.first_step);
       add(incident, &own.attribution);
     }
   }
   return json;
 }
 
-ReportJson run_json(const std::string& run) {
+ReportJson run_json(const std::string& run, ReadMode mode) {
   const std::string directory = find_log_directory(run);
-  const ReportData data = gather_report(directory);
+  const ReportData data = gather_report(directory, mode);
   const std::vector<std::int64_t>& steps = data.log.steps();
   ReportJson json = {{"name", run_name(directory)},
                      {"facts", facts_json(data.log)},
                      {"steps", base64(std::vector<double>(steps.begin(), steps.end()))},
                      {"scalars", scalars_json(data.log)},
                      {"events", events_json(data.log)},
-                     {"incidents", incidents_json(directory, data.log)}};
+                     {"incidents", incidents_json(directory, mode, data.log)}};
   json["column_steps"] = data.column_steps;
   json["coarse_steps"] = data.coarse_steps;
   for (const DenseColumns& columns : data.dense) json["dense"][columns.name] = dense_json(columns);
@@ -231,14 +230,14 @@ std::string for_script(std::string text) {
 
 bool report_is_built() { return std::strlen(kReportDygraphs) > 0; }
 
-void write_report(const std::vector<std::string>& runs, std::ostream& out) {
+void write_report(const std::vector<std::string>& runs, ReadMode mode, std::ostream& out) {
   require(report_is_built(),
           "this build has no charting library for the page: install the package libjs-dygraphs "
           "(tools/install-dependencies) "
           "and configure again");
   require(!runs.empty(), "report: a run directory was expected");
   ReportJson data = {{"runs", ReportJson::array()}};
-  for (const std::string& run : runs) data["runs"].push_back(run_json(run));
+  for (const std::string& run : runs) data["runs"].push_back(run_json(run, mode));
   std::string page = kReportHtml;
   const auto put = [&page](const std::string& place, const std::string& text) {
     const std::size_t at = page.find(place);

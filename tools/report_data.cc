@@ -120,8 +120,8 @@ class Gatherer {
 
 }  // namespace
 
-ReportData gather_report(const std::string& directory, const ReportLimits& limits) {
-  ReportData data(directory, {.scalars_only = true});
+ReportData gather_report(const std::string& directory, ReadMode mode, const ReportLimits& limits) {
+  ReportData data(directory, {.mode = mode, .scalars_only = true});
   require(!data.log.attempts().empty(), directory, ": the log holds no whole record yet");
   std::int64_t fine = 1, coarse = 1;  // elements of all metrics of a step
   const RunHeader& header = data.log.newest_header();
@@ -136,7 +136,7 @@ ReportData gather_report(const std::string& directory, const ReportLimits& limit
   data.coarse_steps =
       parts_of(data.log.steps(), columns(limits.coarse_columns, limits.coarse_elements, coarse));
   Gatherer gatherer(&data);
-  LogReader reader(directory);
+  LogReader reader(directory, {.mode = mode});
   reader.poll([&](const LogEntry& entry) {
     if (!entry.record.has_step()) return;
     if (entry.record.step().step() >= reader.superseded_from(entry.segment.attempt)) return;

@@ -40,6 +40,6 @@ struct ReportLimits {
 };
 
 // Reads a log whole: once its scalars, once its dense metrics. Throws Error as RunLog does.
-ReportData gather_report(const std::string& directory, const ReportLimits& limits = {});
+ReportData gather_report(const std::string& directory, ReadMode mode, const ReportLimits& limits = {});
 
 }  // namespace hybridmoe

@@ -215,6 +215,12 @@ TEST_F(LogTool, ProgramsExitStatus) {
   std::filesystem::resize_file(segment, std::filesystem::file_size(segment) / 4);
   const auto [output, status] = run_program("verify " + run_.path());
   EXPECT_EQ(status, 3) << output;
+  const auto [json_text, json_status] = run_program("verify --json " + run_.path());
+  const Json json = Json::parse(json_text);
+  EXPECT_EQ(json_status, 3);
+  EXPECT_EQ(json["good"], false);
+  EXPECT_EQ(json["last_step"], 50);
+  EXPECT_NE(json["problems"][0]["what"].get<std::string>().find("are missing"), std::string::npos) << json;
   EXPECT_NE(output.find("are missing"), std::string::npos) << output;
 }
 

@@ -7,6 +7,7 @@
 
 #include "core/telemetry/log_writer.h"
 #include "core/telemetry/metrics.h"
+#include "tests/flip_bit.h"
 #include "tests/temporary_directory.h"
 #include "tests/tools/process.h"
 #include "tools/log_report.h"
@@ -156,8 +157,8 @@ TEST_F(Report, HoldsEverythingItself) {
 
 TEST_F(Report, ASpikeOfOneStepSurvivesGathering) {
   NEEDS_REPORT();
-  const ReportData data =
-      gather_report(telemetry_directory(run("first")), {.columns = 16, .coarse_columns = 8});
+  const ReportData data = gather_report(telemetry_directory(run("first")), ReadMode::Strict,
+                                        {.columns = 16, .coarse_columns = 8});
   EXPECT_EQ(data.column_steps.size(), 17u);
   EXPECT_EQ(data.column_steps.front(), 1);
   EXPECT_EQ(data.column_steps.back(), kReportSteps + 1);
@@ -178,6 +179,15 @@ TEST_F(Report, ASpikeOfOneStepSurvivesGathering) {
 
 TEST_F(Report, MistakesAreSaid) {
   NEEDS_REPORT();
+  // Damage is an error, unless somebody wants to see what there is.
+  const std::string segment = log_segment_path(telemetry_directory(run("second")), 0, 0);
+  flip_bit(segment, static_cast<std::int64_t>(std::filesystem::file_size(segment)) / 2);
+  for (const auto& [mode, status] : {std::pair("tolerate-tail", 3), std::pair("skip-corrupt", 0)}) {
+    Process damaged({std::string(HYBRIDMOE_BIN_DIR) + "/hybridmoe-log", "report", run("second"), "--html",
+                     runs_.path() + "/damaged.html", "--read", mode},
+                    {}, runs_.path() + "/log");
+    EXPECT_EQ(damaged.wait(), status) << mode << damaged.err();
+  }
   Process nothing({std::string(HYBRIDMOE_BIN_DIR) + "/hybridmoe-log", "report", runs_.path() + "/none",
                    "--html", runs_.path() + "/none.html"},
                   {}, runs_.path() + "/log");
