@@ -113,10 +113,32 @@ ReportJson scalars_json(const RunLog& log) {
   return json;
 }
 
+// Of more events than a page should hold, those that report trouble, the newest first, then the newest of the
+// rest; in their order. How many there are, only the caller knows.
+std::vector<const RunLog::TimedEvent*> chosen_events(const std::vector<RunLog::TimedEvent>& events) {
+  const auto is_routine = [](const RunLog::TimedEvent& each) {
+    return each.event.kind() == EventRecord::CHECKPOINT_SAVED || each.event.kind() == EventRecord::EVALUATION;
+  };
+  std::vector<bool> chosen(events.size(), false);
+  std::size_t left = kMostEvents;
+  for (const bool routine : {false, true}) {
+    for (std::size_t i = events.size(); i-- > 0 && left > 0;) {
+      if (is_routine(events[i]) != routine) continue;
+      chosen[i] = true;
+      --left;
+    }
+  }
+  std::vector<const RunLog::TimedEvent*> result;
+  for (std::size_t i = 0; i < events.size(); ++i) {
+    if (chosen[i]) result.push_back(&events[i]);
+  }
+  return result;
+}
+
 ReportJson events_json(const RunLog& log) {
   ReportJson json = ReportJson::array();
-  for (const RunLog::TimedEvent& each : log.events()) {
-    if (json.size() == kMostEvents) break;
+  for (const RunLog::TimedEvent* chosen : chosen_events(log.events())) {
+    const RunLog::TimedEvent& each = *chosen;
     json.push_back({{"step", each.event.step()},
                     {"kind", EventRecord::Kind_Name(each.event.kind())},
                     {"message", each.event.message()},
@@ -172,7 +194,7 @@ ReportJson facts_json(const RunLog& log) {
 }
 
 // What went wrong, as `hybridmoe-log why` finds it; explained are the first few, because each is looked up in
-// the log.
+// the log. Of too many the newest are listed besides.
 ReportJson incidents_json(const std::string& directory, ReadMode mode, const RunLog& log) {
   ReportJson json = ReportJson::array();
   if (log.steps().empty()) return json;
@@ -190,7 +212,9 @@ ReportJson incidents_json(const std::string& directory, ReadMode mode, const Run
   if (first.incidents.empty() && first.attribution.cause != Attribution::Cause::None) {
     add(first.attribution.incident, &first.attribution);
   }
-  for (std::size_t i = 0; i < first.incidents.size() && i < kMostEvents; ++i) {
+  const std::size_t count = first.incidents.size();
+  for (std::size_t i = 0; i < count; ++i) {
+    if (i >= kExplained && count - i > kMostEvents) continue;
     const Incident& incident = first.incidents[i];
     if (i >= kExplained) {
       add(incident, nullptr);
@@ -211,6 +235,7 @@ ReportJson run_json(const std::string& run, ReadMode mode) {
                      {"steps", base64(std::vector<double>(steps.begin(), steps.end()))},
                      {"scalars", scalars_json(data.log)},
                      {"events", events_json(data.log)},
+                     {"all_events", data.log.events().size()},
                      {"incidents", incidents_json(directory, mode, data.log)}};
   json["column_steps"] = data.column_steps;
   json["coarse_steps"] = data.coarse_steps;

@@ -220,7 +220,7 @@ TEST_F(LogTool, ProgramsExitStatus) {
   EXPECT_EQ(json_status, 3);
   EXPECT_EQ(json["good"], false);
   EXPECT_EQ(json["last_step"], 50);
-  EXPECT_NE(json["problems"][0]["what"].get<std::string>().find("are missing"), std::string::npos) << json;
+  EXPECT_NE(json["problems"].dump().find("are missing"), std::string::npos) << json;
   EXPECT_NE(output.find("are missing"), std::string::npos) << output;
 }
 

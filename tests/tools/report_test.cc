@@ -109,6 +109,11 @@ class Report : public ::testing::Test {
     EXPECT_EQ(program.wait(), 0) << program.err();
     return path;
   }
+  static ReportJson data_of(const std::string& page) {
+    const std::string text = read_text(page), begin = "<script id=\"data\" type=\"application/json\">";
+    const std::size_t at = text.find(begin) + begin.size();
+    return ReportJson::parse(text.substr(at, text.find("</script>", at) - at));
+  }
   // Results of a browser's steps; nothing when there is no browser.
   ReportJson browse(const std::string& page, const ReportJson& steps) {
     std::ofstream(runs_.path() + "/steps.json") << steps.dump();
@@ -137,13 +142,12 @@ TEST(ReportOfThisBuild, HasTheChartingLibraryWhereItIsInstalled) {
 
 TEST_F(Report, HoldsEverythingItself) {
   NEEDS_REPORT();
-  const std::string text = read_text(page({"first"}));
+  const std::string path = page({"first"});
+  const std::string text = read_text(path);
   for (const char* outside : {"<script src", "<link", "<img", "@import", "url("}) {
     EXPECT_EQ(text.find(outside), std::string::npos) << outside;
   }
-  const std::string begin = "<script id=\"data\" type=\"application/json\">";
-  const std::size_t at = text.find(begin) + begin.size();
-  const ReportJson data = ReportJson::parse(text.substr(at, text.find("</script>", at) - at));
+  const ReportJson data = data_of(path);
   ASSERT_EQ(data["runs"].size(), 1u);
   const ReportJson& run = data["runs"][0];
   EXPECT_EQ(run["name"], "first");
@@ -153,6 +157,49 @@ TEST_F(Report, HoldsEverythingItself) {
   EXPECT_EQ(run["coarse_steps"].size(), 201u);
   EXPECT_EQ(run["dense"]["layer_grad_norm"]["rows"][2], (ReportJson{"layer_1.qkv", 1, "qkv"}));
   EXPECT_NE(run["facts"]["config"].get<std::string>().find("</script><b>name</b>"), std::string::npos);
+}
+
+// Thousands of checkpoints and evaluations must not push the end of the run's troubles from the page.
+TEST_F(Report, TroublesAndTheNewestEventsAreKept) {
+  NEEDS_REPORT();
+  MetricTable table;
+  const Metric loss = table.scalar("loss", "", MetricDefinition::SAME, "");
+  RunHeader header;
+  table.define(&header);
+  header.set_resume_step(1);
+  LogOptions options;
+  options.queue_records = 10000;  // nothing is to be lost
+  LogWriter log(telemetry_directory(run("long")), header, options);
+  const auto event = [&log](EventRecord::Kind kind, int step) {
+    EventRecord record;
+    record.set_kind(kind);
+    record.set_step(step);
+    log.event(std::move(record));
+  };
+  for (int step = 1; step <= 3000; ++step) {
+    StepRecord record = table.make_step(step);
+    set_metric(&record, loss, 2);
+    log.step(std::move(record));
+    event(EventRecord::EVALUATION, step);
+    if (step == 3) event(EventRecord::SKIP, step);
+  }
+  event(EventRecord::HASH_MISMATCH, 3000);
+  log.close();
+  const std::string file = page({"long"});
+  const ReportJson run = data_of(file)["runs"][0];
+  EXPECT_EQ(run["all_events"], 3002);
+  const ReportJson& events = run["events"];
+  ASSERT_EQ(events.size(), 2000u);
+  EXPECT_EQ(events[0]["kind"], "SKIP");
+  EXPECT_EQ(events[1]["step"], 1003);
+  const auto is_mismatch = [](const ReportJson& each) { return each["kind"] == "HASH_MISMATCH"; };
+  EXPECT_TRUE(std::any_of(events.begin(), events.end(), is_mismatch));
+  const ReportJson shown = browse(file, {{{"script",
+                                           "return [document.querySelectorAll('#events tr').length, "
+                                           "document.getElementById('events-left-out').textContent]"}}});
+  if (shown.is_null()) GTEST_SKIP() << "no Chromium with chromedriver here";
+  EXPECT_EQ(shown[0][0], 2001) << "and the heading";
+  EXPECT_NE(shown[0][1].get<std::string>().find("1,002 are left out"), std::string::npos) << shown;
 }
 
 TEST_F(Report, ASpikeOfOneStepSurvivesGathering) {

@@ -29,7 +29,7 @@ function unpack(packed) {
   return values;
 }
 function load(raw) {
-  const run = {name: raw.name, facts: raw.facts, events: raw.events, scalars: {}, dense: {},
+  const run = {name: raw.name, facts: raw.facts, events: raw.events, allEvents: raw.all_events, scalars: {}, dense: {},
                steps: new Float64Array(bytesOf(raw.steps)), columnSteps: raw.column_steps, coarseSteps: raw.coarse_steps,
                incidents: raw.incidents || []};
   for (const [name, scalar] of Object.entries(raw.scalars)) {
@@ -553,7 +553,11 @@ function showTimes() {
 function showEvents() {
   const head = element('tr', {}, ...['step', 'kind', 'what', 'time, UTC'].map((text) => element('th', {textContent: text})));
   const time = (s) => s ? new Date(1000 * s).toISOString().replace('T', ' ').slice(0, 19) : '';
-  $('events').replaceChildren(head, ...run.events.slice(0, 500).map((e) => element(
+  const missing = run.allEvents - run.events.length;
+  $('events-left-out').hidden = missing === 0;
+  $('events-left-out').textContent = `Of ${whole(run.allEvents)} events this page holds ${whole(run.events.length)}: those that ` +
+      `report trouble, and the newest. ${whole(missing)} are left out.`;
+  $('events').replaceChildren(head, ...run.events.map((e) => element(
       'tr', {className: troubles.includes(e.kind) ? 'bad' : ''}, element('td', {className: 'number', textContent: whole(e.step)}),
       element('td', {textContent: e.kind.toLowerCase().replaceAll('_', ' ') + (e.superseded ? ' (computed again)' : '')}),
       element('td', {textContent: e.message}), element('td', {textContent: time(e.time)}))));
