@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <glog/logging.h>
 
+#include "core/telemetry/health.h"
 #include "core/telemetry/log_files.h"
 
 namespace hybridmoe {
@@ -173,7 +174,7 @@ void Recorder::add_events(const StepResult& result) {
           {{"rank", mismatches[i].rank}, {"layer", mismatches[i].layer}});
   }
   if (!result.measures.table_error.empty())
-    event(EventRecord::OTHER, result.step, "gradient norms are wrong: " + result.measures.table_error);
+    event(EventRecord::OTHER, result.step, kWrongGradientNorms + result.measures.table_error);
   const RankSpread& compute = result.measures.compute_seconds;
   for (EventRecord& alarm : alarms_.add(
            {result.step, result.loss, result.grad_norm, compute.min, compute.max, compute.max_rank})) {
