@@ -10,6 +10,7 @@
 #include "tools/log_summary.h"
 #include "tools/log_tables.h"
 #include "tools/log_tensorboard.h"
+#include "tools/log_watch.h"
 #include "tools/log_why.h"
 #include "tools/output_file.h"
 
@@ -119,8 +120,7 @@ HealthRules rules_of(const Options& options) {
 }
 
 int check(const Options& options) {
-  const CheckResult result =
-      check_run(options.run, rules_of(options), {.complete = options.complete, .verify = true});
+  const CheckResult result = check_run(options.run, rules_of(options), options.complete);
   (options.json ? print_check_json : print_check)(result, std::cout);
   return result.status();
 }
@@ -128,6 +128,7 @@ int check(const Options& options) {
 int watch(Options options) {
   options.watch.run = options.run;
   options.watch.rules = rules_of(options);
+  options.watch.json = options.json;
   options.watch.on = options.on == "warn" ? 1 : (options.on == "fail" ? 2 : kCheckCorrupt);
   return watch_run(options.watch, std::cout);
 }
@@ -235,6 +236,15 @@ int run(int argc, char** argv) {
                             "shell command; gets HYBRIDMOE_RUN, _STATUS, _STEP and _MESSAGE");
   watch_command->add_option("--every", options.watch.every_seconds, "seconds between looks (default: 10)")
       ->check(CLI::Range(0.01, 86400.0));
+  watch_command
+      ->add_option("--stall", options.watch.stall_seconds,
+                   "seconds without a record that are the finding `stalled` (fail; default: 600; 0: never)")
+      ->check(CLI::NonNegativeNumber);
+  watch_command
+      ->add_option("--wait", options.watch.wait_seconds,
+                   "seconds until a missing run or log is an error, status 3 (default: 60)")
+      ->check(CLI::NonNegativeNumber);
+  watch_command->add_flag("--json", options.json, "one object a line, for programs");
 
   CLI::App* skip_command =
       app.add_subcommand("skip-plan", "Which checkpoint to go back to, which samples to leave out, and how");

@@ -42,7 +42,12 @@ struct RunWindow {
   const DenseSeries* find(const std::string& name) const;
   // Index of a step; steps.size() when it is not in the window.
   std::size_t index(std::int64_t step) const;
+  // Adds a step behind the others.
+  void append(const RunHeader& header, const StepRecord& step);
 };
+
+// A window without steps. Metrics that the header does not define are left out.
+RunWindow empty_window(const RunHeader& header, const std::vector<std::string>& metrics);
 
 // Reads a window. Metrics that the newest header does not define are left out; a step whose attempt defines
 // one in another size has no row of it. Memory: steps x elements x 8 bytes.
