@@ -50,6 +50,7 @@ class Report : public ::testing::Test {
       if (l > 0) moe.push_back(layers.back());
     }
     gradient.push_back(entry("head", -1, "head"));
+    gradient.push_back(entry("embedding", -1, "embedding"));
     for (int e = 0; e < kReportExperts; ++e) experts.push_back(entry(cat(e), -1, ""));
     const int a = table.axis("gradient", gradient), b = table.axis("layer", layers);
     const int c = table.axis("moe_layer", moe), d = table.axis("expert", experts);
@@ -61,6 +62,7 @@ class Report : public ::testing::Test {
     const Metric resid = table.value("resid_rms", "", D::SUM, {b}, ""),
                  back = table.value("dresid_norm", "", D::SUM, {b}, "");
     const Metric load = table.count("expert_load", "token", D::SUM, {c, d}, "");
+    const Metric expert_norm = table.value("expert_grad_norm", "", D::SUM, {c, d}, "");
     RunHeader header;
     table.define(&header);
     header.mutable_config()->set_steps(kReportSteps);
@@ -82,7 +84,11 @@ class Report : public ::testing::Test {
           metric_values(&record, resid)[l] = static_cast<float>(1 << l);
           metric_values(&record, back)[l] = static_cast<float>((8 >> l) * (l < kSpikeLayer ? factor : 1));
         }
-        for (int i = 0; i < 2 * kReportExperts; ++i) metric_counts(&record, load)[i] = 10;
+        metric_values(&record, grads)[2 * kReportLayers + 1] = 0.04f;
+        for (int i = 0; i < 2 * kReportExperts; ++i) {
+          metric_counts(&record, load)[i] = 10;
+          if (step % 10 == 0) metric_values(&record, expert_norm)[i] = static_cast<float>(i + 1);
+        }
         if (step >= 200) metric_counts(&record, load)[kReportExperts + 2] = 0;
         log.step(std::move(record));
         if (step == kSpike || step == 200) {
@@ -222,6 +228,8 @@ TEST_F(Report, ASpikeOfOneStepSurvivesGathering) {
     const float expected = column < 3 ? 10 : column == 3 ? 9.8f : 0;
     EXPECT_NEAR(load.values[(kReportExperts + 2) * 8 + column], expected, 1e-5) << column;
   }
+  ASSERT_EQ(data.coarse.back().name, "expert_grad_norm");  // of the steps in which it was measured
+  EXPECT_EQ(data.coarse.back().values[(kReportExperts + 2) * 8 + 3], 8);
 }
 
 TEST_F(Report, MistakesAreSaid) {
@@ -256,7 +264,7 @@ TEST_F(Report, InABrowser) {
   EXPECT_EQ(first[1], ReportJson::array()) << "messages on the console";
   const double x = first[0][0], y = first[0][1];
   EXPECT_EQ(first[0][2], kReportSteps);
-  EXPECT_EQ(first[0][3], kReportLayers + 1);
+  EXPECT_EQ(first[0][3], kReportLayers + 2);
 
   const ReportJson range = {{"script",
                              "return [report.charts.loss.xAxisRange(), report.charts.norm.xAxisRange(), "
@@ -317,7 +325,7 @@ TEST_F(Report, InABrowser) {
   // Of layers 1 and 2. Backward: what leaves a block over what enters it, at the outputs of the blocks.
   EXPECT_TRUE(result[5][0][0].is_null());
   EXPECT_NEAR(result[5][0][1].get<double>(), 2, 1e-3);
-  EXPECT_TRUE(result[5][1][0].is_null());
+  EXPECT_NEAR(result[5][1][0].get<double>(), 0.04 / 400, 1e-6) << "by the embedding's gradient";
   EXPECT_NEAR(result[5][1][1].get<double>(), 100, 1e-2);
   EXPECT_NEAR(result[5][1][2].get<double>(), 2, 1e-3);
   // All charts zoom together, and back.
@@ -344,6 +352,25 @@ TEST_F(Report, InABrowser) {
   for (const ReportJson& message : result[15]) {  // the test's own reading of pixels may be called slow
     EXPECT_NE(message.get<std::string>().find("willReadFrequently"), std::string::npos) << message;
   }
+}
+
+// They are measured every ten steps; a column of two steps without one shows the last.
+TEST_F(Report, GradientNormsOfTheExperts) {
+  NEEDS_REPORT();
+  const ReportJson result = browse(
+      page({"first"}),
+      {{{"script",
+         "const s = document.getElementById('router-metric'); s.value = 'norm'; s.dispatchEvent(new "
+         "Event('change')); const v = report.experts().value; return [v(2, 0), v(2, 4), v(2, 5), v(4, 199), "
+         "document.getElementById('load-scale').textContent]"}},
+       {{"console", true}}});
+  if (result.is_null()) GTEST_SKIP() << "no Chromium with chromedriver here";
+  EXPECT_TRUE(result[0][0].is_null());
+  EXPECT_NEAR(result[0][1].get<double>(), 3, 1e-3);
+  EXPECT_NEAR(result[0][2].get<double>(), 3, 1e-3);
+  EXPECT_NEAR(result[0][3].get<double>(), 5, 1e-3);
+  EXPECT_NE(result[0][4].get<std::string>().find("gradient norm"), std::string::npos) << result;
+  EXPECT_EQ(result[1], ReportJson::array());
 }
 
 TEST_F(Report, LongCurvesAreThinnedWithoutLosingASpike) {
