@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <glog/logging.h>
 
+#include "core/telemetry/health.h"
 #include "core/telemetry/log_files.h"
 
 namespace hybridmoe {
@@ -173,7 +174,7 @@ void Recorder::add_events(const StepResult& result) {
           {{"rank", mismatches[i].rank}, {"layer", mismatches[i].layer}});
   }
   if (!result.measures.table_error.empty())
-    event(EventRecord::OTHER, result.step, "gradient norms are wrong: " + result.measures.table_error);
+    event(EventRecord::OTHER, result.step, kWrongGradientNorms + result.measures.table_error);
   const RankSpread& compute = result.measures.compute_seconds;
   for (EventRecord& alarm : alarms_.add(
            {result.step, result.loss, result.grad_norm, compute.min, compute.max, compute.max_rank})) {
@@ -208,7 +209,7 @@ void Recorder::add_measures(const StepResult& result, StepRecord* record) const 
   set(m.logz_mean, measured.lse_mean);
   set(m.logz_max, measured.lse_max);
   set(m.output_logit_max, measured.output_logit_max);
-  set(m.gradient_noise_scale, measured.gradient_noise_scale);
+  if (!std::isnan(measured.gradient_noise_scale)) set(m.gradient_noise_scale, measured.gradient_noise_scale);
   if (measured.replica_mismatches >= 0) {
     set(m.replica_mismatches, static_cast<double>(measured.replica_mismatches));
   }

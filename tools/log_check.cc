@@ -1,13 +1,6 @@
 #include "tools/log_check.h"
 
-#include <chrono>
-#include <cmath>
 #include <nlohmann/json.hpp>
-#include <set>
-#include <spawn.h>
-#include <sys/wait.h>
-#include <thread>
-#include <unistd.h>
 
 #include "core/error.h"
 #include "tools/log_text.h"
@@ -16,6 +9,15 @@ namespace hybridmoe {
 namespace {
 
 using CheckJson = nlohmann::ordered_json;
+
+CheckJson finding_json(int status, const HealthFinding& finding) {
+  return {{"severity", status_name(status)}, {"rule", finding.rule},
+          {"where", finding.where},          {"step", finding.step},
+          {"value", finding.value},          {"limit", finding.limit},
+          {"message", finding.message}};
+}
+
+}  // namespace
 
 const char* status_name(int status) {
   constexpr const char* kNames[] = {"ok", "warn", "fail", "corrupt"};
@@ -27,64 +29,36 @@ text::Colour status_colour(int status) {
   return status == 1 ? text::Colour::Yellow : text::Colour::Red;
 }
 
-CheckJson finding_json(const HealthFinding& finding) {
-  return {{"severity", status_name(static_cast<int>(finding.severity))},
-          {"rule", finding.rule},
-          {"where", finding.where},
-          {"step", finding.step},
-          {"value", finding.value},
-          {"limit", finding.limit},
-          {"message", finding.message}};
-}
-
-// Runs a command and waits for it. The environment is this process's with the variables added.
-void run_command(const std::string& command, const std::vector<std::string>& variables) {
-  std::vector<std::string> words = variables;
-  for (char** variable = environ; *variable != nullptr; ++variable) {
-    if (std::string(*variable).rfind("HYBRIDMOE_", 0) != 0) words.emplace_back(*variable);
-  }
-  std::vector<char*> environment;
-  for (std::string& word : words) environment.push_back(word.data());
-  environment.push_back(nullptr);
-  std::string shell = "/bin/sh", flag = "-c", text = command;
-  char* arguments[] = {shell.data(), flag.data(), text.data(), nullptr};
-  pid_t child = 0;
-  const int error = ::posix_spawn(&child, "/bin/sh", nullptr, nullptr, arguments, environment.data());
-  require(error == 0, "--exec: /bin/sh cannot be started (error ", error, ")");
-  int status = 0;
-  while (::waitpid(child, &status, 0) < 0 && errno == EINTR) {
-  }
-}
-
-}  // namespace
-
 int CheckResult::status() const { return broken.empty() ? static_cast<int>(health.worst()) : kCheckCorrupt; }
 
-CheckResult check_run(const std::string& run, const HealthRules& rules, const CheckOptions& options) {
+CheckResult judged_run(const RunLog& log, const HealthReport& health) {
   CheckResult result;
+  result.health = health;
+  result.planned_steps = log.newest_header().config().steps();
+  result.last_step = log.steps().empty() ? 0 : log.steps().back();
+  result.ended = log.attempts().back().finished;
+  return result;
+}
+
+CheckResult check_run(const std::string& run, const HealthRules& rules, bool complete) {
+  CheckResult result;
+  std::vector<std::string> broken;
   try {
     const std::string directory = find_log_directory(run);
-    if (options.verify) {
-      for (const LogProblem& problem : verify_log(directory).problems) result.broken.push_back(problem.str());
-    }
+    for (const LogProblem& problem : verify_log(directory).problems) broken.push_back(problem.str());
     LogReadOptions read;
     read.scalars_only = true;
     read.mode = ReadMode::SkipCorrupt;
     const RunLog log(directory, read);
-    for (const LogProblem& problem : log.reader().problems()) {
-      if (!options.verify && !problem.tail) result.broken.push_back(problem.str());
-    }
     require(!log.attempts().empty(), directory, ": the log holds no whole record");
-    result.planned_steps = log.newest_header().config().steps();
-    result.last_step = log.steps().empty() ? 0 : log.steps().back();
-    result.ended = log.attempts().back().finished;
-    if (options.complete && !result.ended) result.broken.push_back("the run has not ended in order");
-    if (options.complete && result.last_step < result.planned_steps)
-      result.broken.push_back(cat("the run ended at step ", result.last_step, " of ", result.planned_steps));
-    result.health = check_health(directory, ReadMode::SkipCorrupt, rules);
+    result = judged_run(log, check_health(directory, ReadMode::SkipCorrupt, rules));
+    if (complete && !result.ended) broken.emplace_back("the run has not ended in order");
+    if (complete && result.last_step < result.planned_steps)
+      broken.push_back(cat("the run ended at step ", result.last_step, " of ", result.planned_steps));
   } catch (const Error& error) {
-    result.broken.emplace_back(error.what());
+    broken.emplace_back(error.what());
   }
+  result.broken = std::move(broken);
   return result;
 }
 
@@ -118,46 +92,50 @@ void print_check_json(const CheckResult& result, std::ostream& out) {
                     {"findings", CheckJson::array()},
                     {"not_judged", result.health.not_judged}};
   for (const HealthFinding& finding : result.health.findings)
-    json["findings"].push_back(finding_json(finding));
+    json["findings"].push_back(finding_json(static_cast<int>(finding.severity), finding));
   out << json.dump(2) << '\n';
 }
 
-int watch_run(const WatchRequest& request, std::ostream& out) {
-  std::set<std::string> known;
-  std::int64_t seen_bytes = -1;
-  const auto report = [&](int status, const std::string& key, std::int64_t step, const std::string& message) {
-    if (!known.insert(key).second) return;
-    out << text::coloured(status_name(status), status_colour(status)) << ": " << message << std::endl;
-    if (status < request.on || request.command.empty()) return;
-    run_command(request.command,
-                {"HYBRIDMOE_RUN=" + request.run, cat("HYBRIDMOE_STATUS=", status_name(status)),
-                 cat("HYBRIDMOE_STEP=", step), "HYBRIDMOE_MESSAGE=" + message});
-  };
-  while (true) {
-    std::int64_t bytes = 0;
-    try {
-      bytes = LogReader(find_log_directory(request.run)).bytes();
-    } catch (const Error&) {
-      bytes = 0;  // not there yet
-    }
-    if (bytes > 0 && bytes != seen_bytes) {
-      seen_bytes = bytes;
-      const CheckResult result = check_run(request.run, request.rules, {.complete = false, .verify = false});
-      for (const std::string& problem : result.broken)
-        report(kCheckCorrupt, problem, result.last_step, problem);
-      for (const HealthFinding& finding : result.health.findings)
-        report(static_cast<int>(finding.severity), cat(finding.rule, '\n', finding.where, '\n', finding.step),
-               finding.step,
-               cat("step ", finding.step, ": ", finding.rule, finding.where.empty() ? "" : " ", finding.where,
-                   ": ", finding.message));
-      if (result.ended) {
-        out << "the run has ended at step " << result.last_step << ": " << status_name(result.status())
-            << std::endl;
-        return result.status();
-      }
-    }
-    std::this_thread::sleep_for(std::chrono::duration<double>(request.every_seconds));
+std::string finding_json_line(int status, const HealthFinding& finding) {
+  return finding_json(status, finding).dump();
+}
+
+std::string ended_json_line(const CheckResult& result) {
+  return CheckJson{{"ended", true}, {"status", status_name(result.status())}, {"last_step", result.last_step}}
+      .dump();
+}
+
+void print_verification(const LogVerification& result, std::ostream& out) {
+  for (const LogProblem& note : result.notes) out << "note: " << note.str() << '\n';
+  for (const LogProblem& problem : result.problems) out << "PROBLEM: " << problem.str() << '\n';
+  out << result.attempts << " attempts, " << result.segments << " segments, ";
+  if (result.rank_logs > 0) out << result.rank_logs << " files of single ranks, ";
+  out << result.records << " records, " << result.bytes << " bytes; steps " << result.first_step << " to "
+      << result.last_step << '\n';
+  if (result.good()) {
+    out << "good: checksums match, no step is missing\n";
+  } else {
+    out << result.problems.size() << " problems; the first: " << result.problems.front().str() << '\n';
   }
+}
+
+void print_verification_json(const LogVerification& result, std::ostream& out) {
+  const auto list = [](const std::vector<LogProblem>& problems) {
+    CheckJson entries = CheckJson::array();
+    for (const LogProblem& problem : problems)
+      entries.push_back({{"file", problem.path},
+                         {"byte", problem.offset < 0 ? CheckJson() : CheckJson(problem.offset)},
+                         {"what", problem.what}});
+    return entries;
+  };
+  out << CheckJson{{"good", result.good()},         {"attempts", result.attempts},
+                   {"segments", result.segments},   {"rank_logs", result.rank_logs},
+                   {"records", result.records},     {"bytes", result.bytes},
+                   {"steps", result.steps},         {"first_step", result.first_step},
+                   {"last_step", result.last_step}, {"problems", list(result.problems)},
+                   {"notes", list(result.notes)}}
+             .dump(2)
+      << '\n';
 }
 
 void print_skip_plan(const SkipPlan& plan, std::ostream& out) {

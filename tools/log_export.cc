@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include "core/error.h"
+#include "core/telemetry/metrics.h"
 #include "core/telemetry/rank_log.h"
 
 namespace hybridmoe {
@@ -69,11 +70,29 @@ bool is_orphan(const LogReader& reader, const LogEntry& entry, std::int64_t step
 
 // Enough digits to read the same number back; integers without a fraction.
 std::string number(double value) {
-  if (std::isnan(value)) return "";
+  if (std::isnan(value)) return "nan";
   char text[40];
   std::snprintf(text, sizeof text, "%.9g", value);
   if (std::strtod(text, nullptr) != value) std::snprintf(text, sizeof text, "%.17g", value);
   return text;
+}
+
+// JSON has no numbers for these.
+Json json_number(double value) {
+  if (std::isnan(value)) return "NaN";
+  if (std::isinf(value)) return value > 0 ? "Infinity" : "-Infinity";
+  return value;
+}
+
+// Of a dense metric every element was measured.
+bool is_missing(const MetricDefinition& metric, double value) {
+  return metric.storage() == MetricDefinition::SCALAR && !was_measured(value);
+}
+
+Json values_json(const google::protobuf::RepeatedPtrField<NamedValue>& values) {
+  Json json = Json::object();
+  for (const NamedValue& value : values) json[value.name()] = json_number(value.value());
+  return json;
 }
 
 Json header_json(const RunHeader& header, const std::vector<MetricDefinition>& metrics) {
@@ -110,14 +129,14 @@ Json event_json(int attempt, const EventRecord& event) {
                {"attempt", attempt},
                {"wall_time", event.wall_time()},
                {"message", event.message()}};
-  for (const NamedValue& value : event.value()) json["values"][value.name()] = value.value();
+  if (event.value_size() > 0) json["values"] = values_json(event.value());
   return json;
 }
 
 Json rank_sample_json(const RankSample& sample) {
   Json json = {{"step", sample.step()}, {"wall_time", sample.wall_time()}};
   if (sample.has_unfinished()) json["unfinished"] = sample.unfinished();
-  for (const NamedValue& value : sample.value()) json["values"][value.name()] = value.value();
+  if (sample.value_size() > 0) json["values"] = values_json(sample.value());
   return json;
 }
 
@@ -164,7 +183,8 @@ void export_csv(const std::string& directory, const LogReadOptions& read, const 
     out << step.step() << ',' << entry.segment.attempt << ',' << time;
     const std::vector<std::vector<double>> elements = elements_of(entry, header, metrics);
     for (std::size_t i = 0; i < metrics.size(); ++i) {
-      for (const double value : elements[i]) out << ',' << number(value);
+      for (const double value : elements[i])
+        out << ',' << (is_missing(metrics[i], value) ? std::string() : number(value));
       if (elements[i].empty())
         out << std::string(static_cast<std::size_t>(metric_size(header, metrics[i])), ',');
     }
@@ -193,8 +213,13 @@ void export_json(const std::string& directory, const LogReadOptions& read, const
     const std::vector<std::vector<double>> elements = elements_of(entry, header, metrics);
     for (std::size_t i = 0; i < metrics.size(); ++i) {
       if (elements[i].empty()) continue;
-      const bool scalar = metrics[i].storage() == MetricDefinition::SCALAR;
-      json[metrics[i].name()] = scalar ? Json(elements[i].front()) : Json(elements[i]);
+      Json& target = json[metrics[i].name()];
+      if (metrics[i].storage() == MetricDefinition::SCALAR) {
+        const double value = elements[i].front();
+        target = is_missing(metrics[i], value) ? Json() : json_number(value);
+      } else {
+        for (const double value : elements[i]) target.push_back(json_number(value));
+      }
     }
     out << separator << json.dump();
     separator = ",\n";

@@ -16,11 +16,13 @@ struct LogExport {
 };
 
 // A row per step: step, attempt, wall_time, then the metrics; a dense metric takes a column per element,
-// named METRIC/ELEMENT. What was not recorded is left empty. The columns are those of the newest attempt.
+// named METRIC/ELEMENT. What was not measured is left empty; what was and is not finite is nan, inf or -inf.
+// The columns are those of the newest attempt.
 void export_csv(const std::string& directory, const LogReadOptions& read, const LogExport& what,
                 std::ostream& out);
 // One object: header (the newest run header), steps, events, rank_logs. A dense metric is an array in the
-// order of its "elements" in the header; numbers that are not finite are null. rank_logs has what ranks left
+// order of its "elements" in the header. What was not measured is null; numbers that are not finite are the
+// strings "NaN", "Infinity" and "-Infinity". rank_logs has what ranks left
 // of their own numbers, of every attempt: a crash is usually computed again.
 void export_json(const std::string& directory, const LogReadOptions& read, const LogExport& what,
                  std::ostream& out);

@@ -1,10 +1,8 @@
 // hybridmoe-log: what the log of a run says. See docs/telemetry.md.
 #include <CLI/CLI.hpp>
-#include <fstream>
 #include <iostream>
 
 #include "core/error.h"
-#include "core/telemetry/log_verify.h"
 #include "tools/log_check.h"
 #include "tools/log_export.h"
 #include "tools/log_figure.h"
@@ -12,7 +10,9 @@
 #include "tools/log_summary.h"
 #include "tools/log_tables.h"
 #include "tools/log_tensorboard.h"
+#include "tools/log_watch.h"
 #include "tools/log_why.h"
+#include "tools/output_file.h"
 
 namespace hybridmoe {
 namespace {
@@ -57,44 +57,32 @@ int export_log(const Options& options) {
     std::cout << result.file << ": " << result.steps << " steps, " << result.values << " values\n";
     return 0;
   }
-  std::ofstream file;
-  if (!options.output.empty()) {
-    file.open(options.output, std::ios::binary);
-    require(file.good(), options.output, ": cannot write this file");
+  const auto write = [&options](std::ostream& out) {
+    (options.json ? export_json : export_csv)(find_log_directory(options.run), read_options(options),
+                                              options.what, out);
+  };
+  if (options.output.empty()) {
+    write(std::cout);
+    std::cout.flush();
+    require(std::cout.good(), "standard output: writing failed; is the disk full?");
+  } else {
+    write_output_file(options.output, write);
   }
-  std::ostream& out = options.output.empty() ? std::cout : file;
-  (options.json ? export_json : export_csv)(find_log_directory(options.run), read_options(options),
-                                            options.what, out);
-  out.flush();
-  require(out.good(), options.output.empty() ? "standard output" : options.output,
-          ": writing failed; is the disk full?");
   return 0;
 }
 
 int report(const Options& options) {
-  std::ofstream file(options.output, std::ios::binary);
-  require(file.good(), options.output, ": cannot write this file");
-  write_report(options.runs, file);
-  file.close();
-  require(file.good(), options.output, ": writing failed; is the disk full?");
+  write_output_file(options.output, [&options](std::ostream& out) {
+    write_report(options.runs, read_options(options).mode, out);
+  });
   std::cout << options.output << ": open it in a browser\n";
   return 0;
 }
 
 int verify(const Options& options) {
   const LogVerification result = verify_log(find_log_directory(options.run));
-  for (const LogProblem& note : result.notes) std::cout << "note: " << note.str() << '\n';
-  for (const LogProblem& problem : result.problems) std::cout << "PROBLEM: " << problem.str() << '\n';
-  std::cout << result.attempts << " attempts, " << result.segments << " segments, ";
-  if (result.rank_logs > 0) std::cout << result.rank_logs << " files of single ranks, ";
-  std::cout << result.records << " records, " << result.bytes << " bytes; steps " << result.first_step
-            << " to " << result.last_step << '\n';
-  if (result.good()) {
-    std::cout << "good: checksums match, no step is missing\n";
-    return 0;
-  }
-  std::cout << result.problems.size() << " problems; the first: " << result.problems.front().str() << '\n';
-  return kCorrupt;
+  (options.json ? print_verification_json : print_verification)(result, std::cout);
+  return result.good() ? 0 : kCorrupt;
 }
 
 int why(const Options& options) {
@@ -121,10 +109,7 @@ int compare(const Options& options) {
   for (const std::string& run : options.runs) directories.push_back(find_log_directory(run));
   const Comparison comparison = compare_runs(directories, read_options(options).mode, options.compare);
   if (!options.output.empty()) {
-    std::ofstream file(options.output);
-    draw_comparison(comparison, file);
-    file.close();
-    require(file.good(), options.output, ": cannot write this file");
+    write_output_file(options.output, [&](std::ostream& out) { draw_comparison(comparison, out); });
   }
   (options.json ? print_comparison_json : print_comparison)(comparison, std::cout);
   return 0;
@@ -135,8 +120,7 @@ HealthRules rules_of(const Options& options) {
 }
 
 int check(const Options& options) {
-  const CheckResult result =
-      check_run(options.run, rules_of(options), {.complete = options.complete, .verify = true});
+  const CheckResult result = check_run(options.run, rules_of(options), options.complete);
   (options.json ? print_check_json : print_check)(result, std::cout);
   return result.status();
 }
@@ -144,6 +128,7 @@ int check(const Options& options) {
 int watch(Options options) {
   options.watch.run = options.run;
   options.watch.rules = rules_of(options);
+  options.watch.json = options.json;
   options.watch.on = options.on == "warn" ? 1 : (options.on == "fail" ? 2 : kCheckCorrupt);
   return watch_run(options.watch, std::cout);
 }
@@ -192,10 +177,12 @@ int run(int argc, char** argv) {
       "report", "One page of HTML that explains runs: losses, layers, router, timing, events, configuration");
   report_command->add_option("RUN", options.runs, "run directories; several are overlaid")->required();
   report_command->add_option("--html", options.output, "file to write")->required();
+  add_mode(report_command);
 
   CLI::App* verify_command = app.add_subcommand(
       "verify", "Checks framing, checksums, definitions and that no step is missing; exit status 0 or 3");
   add_run(verify_command);
+  verify_command->add_flag("--json", options.json, "for programs");
 
   CLI::App* why_command = app.add_subcommand(
       "why", "What went wrong: the first sign, its layer, tensor, data, lead over the loss");
@@ -216,7 +203,8 @@ int run(int argc, char** argv) {
   compare_command->add_option("RUN", options.runs, "run directories")->required();
   add_mode(compare_command);
   compare_command->add_option("--metric", options.compare.metric, "which (default: grad_norm)");
-  compare_command->add_option("--by", options.compare.by, "what makes a row (default: layer)")
+  compare_command
+      ->add_option("--by", options.compare.by, "what makes a row of a dense metric (default: layer)")
       ->check(CLI::IsMember({"layer", "kind", "element", "total"}));
   compare_command->add_option("--kind", options.compare.kinds, "tensor kinds to take (up,down; default: all)")
       ->delimiter(',');
@@ -248,6 +236,15 @@ int run(int argc, char** argv) {
                             "shell command; gets HYBRIDMOE_RUN, _STATUS, _STEP and _MESSAGE");
   watch_command->add_option("--every", options.watch.every_seconds, "seconds between looks (default: 10)")
       ->check(CLI::Range(0.01, 86400.0));
+  watch_command
+      ->add_option("--stall", options.watch.stall_seconds,
+                   "seconds without a record that are the finding `stalled` (fail; default: 600; 0: never)")
+      ->check(CLI::NonNegativeNumber);
+  watch_command
+      ->add_option("--wait", options.watch.wait_seconds,
+                   "seconds until a missing run or log is an error, status 3 (default: 60)")
+      ->check(CLI::NonNegativeNumber);
+  watch_command->add_flag("--json", options.json, "one object a line, for programs");
 
   CLI::App* skip_command =
       app.add_subcommand("skip-plan", "Which checkpoint to go back to, which samples to leave out, and how");

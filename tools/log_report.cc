@@ -113,10 +113,32 @@ ReportJson scalars_json(const RunLog& log) {
   return json;
 }
 
+// Of more events than a page should hold, those that report trouble, the newest first, then the newest of the
+// rest; in their order. How many there are, only the caller knows.
+std::vector<const RunLog::TimedEvent*> chosen_events(const std::vector<RunLog::TimedEvent>& events) {
+  const auto is_routine = [](const RunLog::TimedEvent& each) {
+    return each.event.kind() == EventRecord::CHECKPOINT_SAVED || each.event.kind() == EventRecord::EVALUATION;
+  };
+  std::vector<bool> chosen(events.size(), false);
+  std::size_t left = kMostEvents;
+  for (const bool routine : {false, true}) {
+    for (std::size_t i = events.size(); i-- > 0 && left > 0;) {
+      if (is_routine(events[i]) != routine) continue;
+      chosen[i] = true;
+      --left;
+    }
+  }
+  std::vector<const RunLog::TimedEvent*> result;
+  for (std::size_t i = 0; i < events.size(); ++i) {
+    if (chosen[i]) result.push_back(&events[i]);
+  }
+  return result;
+}
+
 ReportJson events_json(const RunLog& log) {
   ReportJson json = ReportJson::array();
-  for (const RunLog::TimedEvent& each : log.events()) {
-    if (json.size() == kMostEvents) break;
+  for (const RunLog::TimedEvent* chosen : chosen_events(log.events())) {
+    const RunLog::TimedEvent& each = *chosen;
     json.push_back({{"step", each.event.step()},
                     {"kind", EventRecord::Kind_Name(each.event.kind())},
                     {"message", each.event.message()},
@@ -172,11 +194,11 @@ ReportJson facts_json(const RunLog& log) {
 }
 
 // What went wrong, as `hybridmoe-log why` finds it; explained are the first few, because each is looked up in
-// the log.
-ReportJson incidents_json(const std::string& directory, const RunLog& log) {
+// the log. Of too many the newest are listed besides.
+ReportJson incidents_json(const std::string& directory, ReadMode mode, const RunLog& log) {
   ReportJson json = ReportJson::array();
   if (log.steps().empty()) return json;
-  const Explanation first = explain(directory, ReadMode::TolerateTail, 0);
+  const Explanation first = explain(directory, mode, 0);
   const auto add = [&json](const Incident& incident, const Attribution* cause) {
     json.push_back({{"step", cause == nullptr ? incident.first_step : cause->step},
                     {"last_step", incident.last_step},
@@ -190,29 +212,31 @@ ReportJson incidents_json(const std::string& directory, const RunLog& log) {
   if (first.incidents.empty() && first.attribution.cause != Attribution::Cause::None) {
     add(first.attribution.incident, &first.attribution);
   }
-  for (std::size_t i = 0; i < first.incidents.size() && i < kMostEvents; ++i) {
+  const std::size_t count = first.incidents.size();
+  for (std::size_t i = 0; i < count; ++i) {
+    if (i >= kExplained && count - i > kMostEvents) continue;
     const Incident& incident = first.incidents[i];
     if (i >= kExplained) {
       add(incident, nullptr);
     } else {
-      const Explanation own =
-          i == 0 ? first : explain(directory, ReadMode::TolerateTail, incident.first_step);
+      const Explanation own = i == 0 ? first : explain(directory, mode, incident.first_step);
       add(incident, &own.attribution);
     }
   }
   return json;
 }
 
-ReportJson run_json(const std::string& run) {
+ReportJson run_json(const std::string& run, ReadMode mode) {
   const std::string directory = find_log_directory(run);
-  const ReportData data = gather_report(directory);
+  const ReportData data = gather_report(directory, mode);
   const std::vector<std::int64_t>& steps = data.log.steps();
   ReportJson json = {{"name", run_name(directory)},
                      {"facts", facts_json(data.log)},
                      {"steps", base64(std::vector<double>(steps.begin(), steps.end()))},
                      {"scalars", scalars_json(data.log)},
                      {"events", events_json(data.log)},
-                     {"incidents", incidents_json(directory, data.log)}};
+                     {"all_events", data.log.events().size()},
+                     {"incidents", incidents_json(directory, mode, data.log)}};
   json["column_steps"] = data.column_steps;
   json["coarse_steps"] = data.coarse_steps;
   for (const DenseColumns& columns : data.dense) json["dense"][columns.name] = dense_json(columns);
@@ -231,14 +255,14 @@ std::string for_script(std::string text) {
 
 bool report_is_built() { return std::strlen(kReportDygraphs) > 0; }
 
-void write_report(const std::vector<std::string>& runs, std::ostream& out) {
+void write_report(const std::vector<std::string>& runs, ReadMode mode, std::ostream& out) {
   require(report_is_built(),
           "this build has no charting library for the page: install the package libjs-dygraphs "
           "(tools/install-dependencies) "
           "and configure again");
   require(!runs.empty(), "report: a run directory was expected");
   ReportJson data = {{"runs", ReportJson::array()}};
-  for (const std::string& run : runs) data["runs"].push_back(run_json(run));
+  for (const std::string& run : runs) data["runs"].push_back(run_json(run, mode));
   std::string page = kReportHtml;
   const auto put = [&page](const std::string& place, const std::string& text) {
     const std::size_t at = page.find(place);

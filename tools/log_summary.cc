@@ -38,8 +38,29 @@ ScalarSummary summarize_scalar(const RunLog& log, const MetricDefinition& metric
   return summary;
 }
 
-RouterSummary summarize_router(const RunHeader& header, const StepRecord& step) {
+// Without a token for kDeadExpertSteps steps up to the newest. What was corrupt the run's own reading has
+// said.
+int dead_experts(const RunLog& log) {
+  const std::size_t count = log.steps().size();
+  if (count < kDeadExpertSteps) return 0;
+  const StepRange last = {log.steps()[count - kDeadExpertSteps], log.steps().back()};
+  const RunWindow window =
+      read_window(log.reader().directory(), ReadMode::SkipCorrupt, {last}, {"expert_load"});
+  const DenseSeries* load = window.find("expert_load");
+  if (load == nullptr) return 0;
+  RouterWatch watch(load->elements);
+  for (std::size_t t = 0; t < window.steps.size(); ++t) watch.add(window.steps[t], load->rows[t]);
+  int dead = 0;
+  for (const RouterWatch::Layer& layer : watch.layers())
+    dead += static_cast<int>(layer.dead(watch.newest_step()).size());
+  return dead;
+}
+
+RouterSummary summarize_router(const RunLog& log) {
+  const RunHeader& header = log.newest_header();
+  const StepRecord& step = log.newest_step();
   RouterSummary summary;
+  int idle = 0;
   const MetricDefinition* metric = find_metric(header, "expert_load");
   if (metric == nullptr || metric->axis_size() != 2) return summary;
   const std::vector<double> load = metric_elements(header, *metric, step);
@@ -50,13 +71,14 @@ RouterSummary summarize_router(const RunHeader& header, const StepRecord& step) 
   for (int layer = 0; layer * experts < load.size(); ++layer) {
     const RouterState state =
         router_state({load.data() + layer * experts, static_cast<std::size_t>(experts)});
-    summary.dead_experts += state.idle;
+    idle += state.idle;
     const double violation = state.max_violation;
     if (summary.worst_layer.empty() || violation > summary.worst_max_violation) {
       summary.worst_max_violation = violation;
       summary.worst_layer = header.axis(metric->axis(0)).entry(layer).label();
     }
   }
+  if (idle > 0) summary.dead_experts = dead_experts(log);  // which costs a second reading
   return summary;
 }
 
@@ -88,7 +110,7 @@ RunSummary summarize(const RunLog& log) {
   summary.loss = log.column("loss");
   for (const double skipped : log.column("skipped")) summary.skipped += skipped > 0;
   for (const double factor : log.column("clip_factor")) summary.clipped += factor < 1;
-  summary.router = summarize_router(summary.header, log.newest_step());
+  summary.router = summarize_router(log);
   summary.events = log.events();
   for (const RunLog::Attempt& attempt : log.attempts()) {
     summary.lost.set_steps(summary.lost.steps() + attempt.lost.steps());

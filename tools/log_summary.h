@@ -18,12 +18,12 @@ struct ScalarSummary {
   std::int64_t maximum_step = 0;
 };
 
-// Of the newest step, over the layers: MaxVio = (largest load - mean load) / mean load.
+// Of the newest step, over the layers. MaxVio = (largest load - mean load) / mean load.
 struct RouterSummary {
   std::int64_t step = 0;
   double worst_max_violation = 0;
   std::string worst_layer;
-  int dead_experts = 0;  // without a token
+  int dead_experts = 0;  // without a token for kDeadExpertSteps steps
   int experts = 0;       // of all layers
 };
 

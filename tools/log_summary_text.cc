@@ -148,7 +148,7 @@ void print_health(const RunSummary& summary, std::ostream& out) {
   const RouterSummary& router = summary.router;
   if (router.experts > 0) {
     line(out, "router",
-         text::format("step %lld: largest MaxVio %.2f in %s, %d of %d experts without a token",
+         text::format("step %lld: largest MaxVio %.2f in %s, %d of %d experts dead",
                       static_cast<long long>(router.step), router.worst_max_violation,
                       router.worst_layer.c_str(), router.dead_experts, router.experts));
   }

@@ -4,9 +4,11 @@
 #include <cmath>
 #include <cstring>
 #include <filesystem>
+#include <map>
 
 #include "core/error.h"
 #include "core/files/record_file.h"
+#include "core/telemetry/metrics.h"
 
 namespace hybridmoe {
 namespace {
@@ -74,6 +76,19 @@ TaggedMetrics tagged_metrics(int attempt, const RunHeader& header, const std::ve
   return tagged;
 }
 
+// The norm of each layer as a whole, and of what belongs to none.
+std::map<std::string, double> layer_norms(const RunHeader& header, const MetricDefinition& metric,
+                                          const std::vector<double>& values) {
+  std::map<std::string, double> norms;
+  const MetricAxis& rows = header.axis(metric.axis(0));
+  for (int i = 0; i < rows.entry_size() && i < values.size(); ++i) {
+    const std::string& label = rows.entry(i).label();
+    double& norm = norms[label.substr(0, label.find('.'))];
+    norm = std::hypot(norm, values[i]);
+  }
+  return norms;
+}
+
 std::string lower(std::string text) {
   std::transform(text.begin(), text.end(), text.begin(),
                  [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
@@ -99,7 +114,10 @@ TensorBoardExport export_tensorboard(const std::string& directory, ReadMode mode
                     newest.run_id().empty() ? "run" : newest.run_id());
   require(!std::filesystem::exists(result.file), result.file,
           ": exists already; remove it or name another directory");
-  RecordWriter file(result.file);
+  // Aside, and not by a name that TensorBoard takes for an event file.
+  const std::string unfinished = output + "/unfinished-export";
+  std::filesystem::remove(unfinished, error);  // of an export that was killed
+  RecordWriter file(unfinished);
   std::string first;
   put_fixed(1, newest.wall_time(), &first);
   put_bytes(3, "brain.Event:2", &first);
@@ -114,7 +132,6 @@ TensorBoardExport export_tensorboard(const std::string& directory, ReadMode mode
       tagged = tagged_metrics(entry.segment.attempt, entry.header, metrics);
     std::string summary;
     const auto add = [&](const std::string& tag, double value) {
-      if (std::isnan(value)) return;  // not measured
       put_value(tag, value, &summary);
       ++result.values;
     };
@@ -125,7 +142,12 @@ TensorBoardExport export_tensorboard(const std::string& directory, ReadMode mode
       ++result.steps;
       for (const auto& [metric, tags] : tagged.metrics) {
         const std::vector<double> values = metric_elements(entry.header, metric, step);
+        if (metric.storage() == MetricDefinition::SCALAR && !values.empty() && !was_measured(values.front()))
+          continue;
         for (std::size_t i = 0; i < values.size(); ++i) add(tags[i], values[i]);
+        if (metric.name() != "layer_grad_norm" || values.empty()) continue;
+        for (const auto& [layer, norm] : layer_norms(entry.header, metric, values))
+          add("grad_norm/" + layer, norm);
       }
       file.write(event_bytes(step.wall_time(), step.step(), summary));
     } else if (entry.record.has_event() && entry.record.event().value_size() > 0) {
@@ -138,6 +160,8 @@ TensorBoardExport export_tensorboard(const std::string& directory, ReadMode mode
   });
   file.sync();
   file.close();
+  std::filesystem::rename(unfinished, result.file, error);
+  require(!error, result.file, ": cannot rename the finished file to this: ", error.message());
   return result;
 }
 

@@ -39,7 +39,8 @@ def metrics_of(header):  # name -> (storage, column, labels of the elements)
         labels = ["/".join(label) for label in itertools.product(*own)]
         yield metric[1][0].decode(), (metric.get(4, [0])[0], metric.get(6, [0])[0], labels)
 
-text = lambda x: "" if x != x else "%.9g" % x if float("%.9g" % x) == x else "%.17g" % x
+missing = lambda x, storage: storage == 0 and struct.pack("<d", x) == struct.pack("<Q", 0x7FF8000000000000)
+text = lambda x: "nan" if x != x else "%.9g" % x if float("%.9g" % x) == x else "%.17g" % x
 paths = sorted(glob.glob(sys.argv[1] + "/telemetry/attempt-*.tfrecord"))
 logs = [(fields(log[0][1][0]), log) for log in map(list, map(records, paths)) if log]
 headers = {header.get(3, [0])[0]: header for header, _ in logs}
@@ -49,12 +50,11 @@ print(",".join(["step,attempt,wall_time"] + [n + (l and "/" + l) for n in names 
 for header, log in logs:
     attempt, own = header.get(3, [0])[0], dict(metrics_of(header))
     until = min([h[5][0] for a, h in headers.items() if a > attempt], default=1 << 62)
-    for step in (fields(r[2][0]) for r in log if 2 in r):
-        if step[1][0] >= until: continue
+    for step in (step for r in log if 2 in r for step in [fields(r[2][0])] if step[1][0] < until):
         arrays = [[x for p in step.get(f, []) for x, in struct.iter_unpack(c, p)] for f, c in ((3, "<d"), (4, "<f"))]
         arrays.append([x for p in step.get(5, []) for x, _ in varints(p)])
         cells = [str(step[1][0]), str(attempt), "%.3f" % struct.unpack("<d", step[2][0])[0]]
-        for name in names:  # dropped dense arrays leave their cells empty
-            storage, column, labels = own.get(name, (0, 1 << 30, metrics[name][2]))
-            cells += [text(x) for x in arrays[storage][column:column + len(labels)] or [float("nan")] * len(labels)]
+        for storage, column, labels in (own.get(name, (0, 1 << 30, metrics[name][2])) for name in names):
+            found = arrays[storage][column:column + len(labels)]  # none where the dense arrays were dropped
+            cells += ["" if missing(x, storage) else text(x) for x in found] + [""] * (len(labels) - len(found))
         print(",".join(cells))

@@ -48,9 +48,9 @@ class Gatherer {
       columns.columns = parts.empty() ? 0 : static_cast<int>(parts.size()) - 1;
       const std::size_t size = columns.labels.size() * static_cast<std::size_t>(columns.columns);
       columns.values.assign(size, std::numeric_limits<float>::quiet_NaN());
+      if (coarse) columns.counted.assign(static_cast<std::size_t>(columns.columns), 0);
       (coarse ? data_.coarse : data_.dense).push_back(std::move(columns));
     }
-    counted_.resize(data_.coarse_steps.empty() ? 0 : data_.coarse_steps.size() - 1);
   }
 
   void take(const LogEntry& entry) {
@@ -61,14 +61,13 @@ class Gatherer {
               coarse = column_of(data_.coarse_steps, step.step());
     if (fine < 0) return;
     for (const Source& source : sources_) add(step, source, source.coarse ? coarse : fine);
-    ++counted_[static_cast<std::size_t>(coarse)];
   }
 
   // Means of what was summed.
   void finish() {
     for (DenseColumns& columns : data_.coarse) {
       for (std::size_t i = 0; i < columns.values.size(); ++i) {
-        const std::int64_t steps = counted_[i % static_cast<std::size_t>(columns.columns)];
+        const std::int64_t steps = columns.counted[i % static_cast<std::size_t>(columns.columns)];
         if (steps > 0) columns.values[i] /= static_cast<float>(steps);
       }
     }
@@ -98,6 +97,12 @@ class Gatherer {
     const int first = source.metric->column(), size = static_cast<int>(columns.labels.size());
     const bool counts = source.metric->storage() == MetricDefinition::COUNT;
     if (first + size > (counts ? step.count_size() : step.value_size())) return;
+    if (source.coarse) {
+      // expert_grad_norm is all 0 in the steps between those in which it is measured.
+      const auto values = step.value().begin() + first;
+      if (!counts && std::all_of(values, values + size, [](float value) { return value == 0; })) return;
+      ++columns.counted[static_cast<std::size_t>(column)];
+    }
     float* to = columns.values.data() + column;
     for (int i = 0; i < size; ++i, to += columns.columns) {
       float value = counts ? static_cast<float>(step.count(first + i)) : step.value(first + i);
@@ -115,13 +120,12 @@ class Gatherer {
   ReportData& data_;
   const RunHeader* header_ = nullptr;
   std::vector<Source> sources_;
-  std::vector<std::int64_t> counted_;  // steps, by coarse column
 };
 
 }  // namespace
 
-ReportData gather_report(const std::string& directory, const ReportLimits& limits) {
-  ReportData data(directory, {.scalars_only = true});
+ReportData gather_report(const std::string& directory, ReadMode mode, const ReportLimits& limits) {
+  ReportData data(directory, {.mode = mode, .scalars_only = true});
   require(!data.log.attempts().empty(), directory, ": the log holds no whole record yet");
   std::int64_t fine = 1, coarse = 1;  // elements of all metrics of a step
   const RunHeader& header = data.log.newest_header();
@@ -136,7 +140,7 @@ ReportData gather_report(const std::string& directory, const ReportLimits& limit
   data.coarse_steps =
       parts_of(data.log.steps(), columns(limits.coarse_columns, limits.coarse_elements, coarse));
   Gatherer gatherer(&data);
-  LogReader reader(directory);
+  LogReader reader(directory, {.mode = mode});
   reader.poll([&](const LogEntry& entry) {
     if (!entry.record.has_step()) return;
     if (entry.record.step().step() >= reader.superseded_from(entry.segment.attempt)) return;

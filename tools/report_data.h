@@ -18,8 +18,9 @@ struct DenseColumns {
   std::vector<std::string> second;      // labels of its second axis; empty: it has one
   int columns = 0;
   // [element][column], row-major; NaN where no step had it. The largest magnitude of the column's steps, so
-  // that a spike of one step survives (an infinity for NaN); of two axes the mean.
+  // that a spike of one step survives (an infinity for NaN); of two axes the mean of the steps that have it.
   std::vector<float> values;
+  std::vector<std::int64_t> counted;  // steps, by column; of two axes only
 };
 
 struct ReportData {
@@ -40,6 +41,6 @@ struct ReportLimits {
 };
 
 // Reads a log whole: once its scalars, once its dense metrics. Throws Error as RunLog does.
-ReportData gather_report(const std::string& directory, const ReportLimits& limits = {});
+ReportData gather_report(const std::string& directory, ReadMode mode, const ReportLimits& limits = {});
 
 }  // namespace hybridmoe

@@ -11,30 +11,41 @@
 namespace hybridmoe {
 namespace {
 
-enum class Join { Root, Largest, Mean, Sum };
+enum class Join { Root, RootMean, Largest, Mean, Sum };
 
 Join join_of(const MetricDefinition& metric) {
   const std::string& name = metric.name();
-  if (name.size() >= 4 && name.compare(name.size() - 4, 4, "norm") == 0) return Join::Root;
+  if (name.ends_with("norm")) return Join::Root;
+  if (name.ends_with("_rms")) return Join::RootMean;
   if (metric.reduction() == MetricDefinition::MAXIMUM) return Join::Largest;
   if (metric.storage() == MetricDefinition::COUNT) return Join::Sum;
   return Join::Mean;
 }
 
-double joined(Join join, const std::vector<double>& values) {
-  double sum = 0, squares = 0, largest = -std::numeric_limits<double>::infinity();
-  for (const double value : values) {
+struct Member {
+  double value = 0, elements = 0;
+};
+
+double joined(Join join, const std::vector<Member>& members) {
+  // Where a log does not say how many elements a row has, all count alike.
+  const bool known = std::all_of(members.begin(), members.end(), [](auto& m) { return m.elements > 0; });
+  double sum = 0, squares = 0, weights = 0, weighted = 0, largest = -std::numeric_limits<double>::infinity();
+  for (const auto& [value, elements] : members) {
     sum += value;
     squares += value * value;
+    weights += known ? elements : 1;
+    weighted += (known ? elements : 1) * value * value;
     largest = std::max(largest, std::isnan(value) ? std::numeric_limits<double>::infinity() : value);
   }
   switch (join) {
     case Join::Root:
       return std::sqrt(squares);
+    case Join::RootMean:
+      return std::sqrt(weighted / weights);
     case Join::Largest:
       return largest;
     case Join::Mean:
-      return sum / static_cast<double>(values.size());
+      return sum / static_cast<double>(members.size());
     case Join::Sum:
       return sum;
   }
@@ -49,21 +60,22 @@ std::string row_of(const DenseSeries::Element& element, const std::string& by) {
   return element.label;
 }
 
-std::string dense_names(const RunHeader& header) {
+std::string metric_names(const RunHeader& header) {
   std::string names;
-  for (const MetricDefinition& metric : header.metric()) {
-    if (metric.storage() != MetricDefinition::SCALAR) names += " " + metric.name();
-  }
+  for (const MetricDefinition& metric : header.metric()) names += " " + metric.name();
   return names;
 }
 
 const MetricDefinition& requested_metric(const std::string& directory, const RunHeader& header,
                                          const CompareRequest& request) {
   const MetricDefinition* metric = find_metric(header, request.metric);
-  if (metric == nullptr || metric->storage() == MetricDefinition::SCALAR)
-    metric = find_metric(header, "layer_" + request.metric);
+  const MetricDefinition* of_layers = find_metric(header, "layer_" + request.metric);
+  if (of_layers != nullptr && (metric == nullptr || metric->storage() == MetricDefinition::SCALAR))
+    metric = of_layers;
   require(metric != nullptr, directory, ": --metric ", request.metric,
-          ": this log has no metric of that name with a value per layer; it has", dense_names(header));
+          ": this log has no metric of that name; it has", metric_names(header));
+  require(request.kinds.empty() || metric->storage() != MetricDefinition::SCALAR, "--kind: ", metric->name(),
+          " is one number of the whole model; leave --kind out");
   return *metric;
 }
 
@@ -87,7 +99,7 @@ std::int64_t requested_step(const std::string& directory, const std::vector<std:
 std::map<std::string, double> row_values(const DenseSeries& series, const std::vector<double>& values,
                                          Join join, const CompareRequest& request,
                                          std::vector<std::string>* order) {
-  std::map<std::string, std::vector<double>> groups;
+  std::map<std::string, std::vector<Member>> groups;
   for (std::size_t i = 0; i < values.size(); ++i) {
     const DenseSeries::Element& element = series.elements[i];
     if (!request.kinds.empty() &&
@@ -95,7 +107,7 @@ std::map<std::string, double> row_values(const DenseSeries& series, const std::v
       continue;
     const std::string row = row_of(element, request.by);
     if (std::find(order->begin(), order->end(), row) == order->end()) order->push_back(row);
-    groups[row].push_back(values[i]);
+    groups[row].push_back({values[i], static_cast<double>(element.elements)});
   }
   std::map<std::string, double> result;
   for (const auto& [row, members] : groups) result[row] = joined(join, members);
@@ -124,6 +136,16 @@ Comparison compare_runs(const std::vector<std::string>& directories, ReadMode mo
     for (const std::string& text : request.at) {
       steps.push_back(requested_step(directory, log.steps(), text));
       ranges.push_back({steps.back(), steps.back()});
+    }
+    if (metric.storage() == MetricDefinition::SCALAR) {
+      comparison.rows = {metric.name()};
+      const std::vector<double>& column = log.column(metric.name());
+      for (std::size_t i = 0; i < steps.size(); ++i) {
+        const auto at = std::lower_bound(log.steps().begin(), log.steps().end(), steps[i]);
+        const double value = column[static_cast<std::size_t>(at - log.steps().begin())];
+        by_request[i].push_back({{directory, steps[i], {}}, {{metric.name(), value}}});
+      }
+      continue;
     }
     const RunWindow window = read_window(directory, mode, ranges, {metric.name()});
     const DenseSeries& series = *window.find(metric.name());

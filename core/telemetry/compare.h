@@ -1,4 +1,4 @@
-// One dense metric of several runs side by side, layer by layer.
+// One metric of several runs side by side, layer by layer where it has layers.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +10,8 @@
 namespace hybridmoe {
 
 struct CompareRequest {
-  std::string metric = "grad_norm";  // NAME, or where that is a scalar and rows are asked for, layer_NAME
-  std::string by = "layer";          // "layer", "kind", "element" (as recorded), "total" (one row)
+  std::string metric = "grad_norm";  // NAME; layer_NAME where there is one and NAME is a scalar
+  std::string by = "layer";          // of a dense metric: "layer", "kind", "element" (as recorded), "total"
   std::vector<std::string> kinds;    // tensor kinds to take; empty: all
   std::vector<std::string> at;       // steps; "first", "last"
 };
@@ -27,8 +27,9 @@ struct Comparison {
   std::vector<Column> columns;  // by step in the order asked for, then by run
 };
 
-// Elements that share a row are joined: norms by the root of their squares' sum, maxima by the largest, means
-// by their mean, everything else by its sum. Throws Error when a run has no log, metric or step of that name.
+// Elements that share a row are joined: norms by the root of their squares' sum, root mean squares by that of
+// all their elements, maxima by the largest, means by their mean, everything else by its sum. A scalar is one
+// row. Throws Error when a run has no log, metric or step of that name.
 Comparison compare_runs(const std::vector<std::string>& directories, ReadMode mode,
                         const CompareRequest& request);
 

@@ -9,12 +9,11 @@
 #include "core/telemetry/attribution.h"
 #include "core/telemetry/incidents.h"
 #include "core/telemetry/router_state.h"
+#include "core/telemetry/trend.h"
 
 namespace hybridmoe {
 namespace {
 
-constexpr std::size_t kPoints = 200;  // of a trend
-constexpr std::size_t kLeastPoints = 8;
 constexpr std::size_t kRecent = 16;         // steps that "now" is the median of
 constexpr std::int64_t kCollapsed = 32;     // steps in a row below the entropy limit
 constexpr std::int64_t kWarmUpSteps = 128;  // whose clipping says nothing yet
@@ -44,6 +43,7 @@ class Examination {
 
   HealthReport run() {
     incidents();
+    events();
     attention_logits();
     adam();
     updates();
@@ -60,7 +60,11 @@ class Examination {
  private:
   void find(Severity severity, const char* rule, const std::string& where, std::int64_t step, double value,
             double limit, const std::string& message) {
-    report_.findings.push_back({severity, rule, where, step, value, limit, message});
+    find_as(where, severity, rule, where, step, value, limit, message);
+  }
+  void find_as(const std::string& identity, Severity severity, const char* rule, const std::string& where,
+               std::int64_t step, double value, double limit, const std::string& message) {
+    report_.findings.push_back({severity, rule, where, step, value, limit, message, identity});
   }
   // Null when the metric is missing; the rule is then listed as not judged.
   const DenseSeries* dense(const char* metric, const char* rule) {
@@ -87,6 +91,7 @@ class Examination {
 
   Attribution explained(const Incident& incident);
   void incidents();
+  void events();
   void attention_logits();
   void adam();
   void updates();
@@ -121,8 +126,12 @@ void Examination::incidents() {
     std::string where = why.layer_label;
     if (!why.kind.empty()) where += (where.empty() ? "" : ".") + why.kind;
     if (where.empty() && why.rank >= 0) where = cat("rank ", why.rank);
-    find(severity, rule, where.empty() ? place : where, known ? why.step : incident.first_step, incident.peak,
-         limit, known ? why.sentence + remark : message + remark);
+    // What explains an incident goes as the window moves on, and the slowest wait is a state of the machine.
+    const std::string identity = incident.kind == Incident::Kind::Straggler
+                                     ? std::string()
+                                     : cat(incident.metric, " at ", incident.first_step);
+    find_as(identity, severity, rule, where.empty() ? place : where, known ? why.step : incident.first_step,
+            incident.peak, limit, known ? why.sentence + remark : message + remark);
   };
   const std::vector<Incident> incidents = find_incidents(scalars_);
   const Incident* slowest = nullptr;
@@ -165,6 +174,27 @@ void Examination::incidents() {
   if (scalars_.column("replica_mismatches").empty()) report_.not_judged.push_back("replica_mismatch");
   if (scalars_.column(straggler_metric(scalars_) + "_max").empty())
     report_.not_judged.push_back("straggler_ratio");
+}
+
+// What the trainer itself found: copies that differ and skipped updates are among the incidents.
+void Examination::events() {
+  const EventRecord* wrong = nullptr;
+  int wrong_times = 0;
+  for (const RunLog::TimedEvent& each : log_.events()) {
+    const EventRecord& event = each.event;
+    if (each.superseded || event.step() < report_.first_step) continue;
+    if (event.kind() == EventRecord::OTHER && event.message().starts_with(kWrongGradientNorms)) {
+      if (wrong == nullptr) wrong = &event;
+      ++wrong_times;
+    }
+    if (event.kind() == EventRecord::CHECKPOINT_FAILED && rules_.failed_checkpoint())
+      find_as(cat("at ", event.step()), Severity::Warn, "failed_checkpoint", "", event.step(), 1, 0,
+              "a checkpoint could not be saved: " + event.message());
+  }
+  // The same fault is found again at every check.
+  if (wrong != nullptr && rules_.wrong_gradient_norms())
+    find(Severity::Fail, "wrong_gradient_norms", "", wrong->step(), wrong_times, 0,
+         cat(wrong->message(), wrong_times > 1 ? cat(" (the first of ", wrong_times, " checks)") : ""));
 }
 
 // Over a limit; and, where the logits grow, when they will be over it.
@@ -257,7 +287,7 @@ void Examination::embedding() {
     if (series->elements[i].kind != "embedding") continue;
     std::vector<double> values = element_values(*series, i);
     std::erase_if(values, [](double value) { return !(value > 0); });  // skipped steps are not measured
-    if (values.size() < kLeastPoints) continue;
+    if (values.size() < kLeastTrendPoints) continue;
     const double shrinkage = 1 - values.back() / values.front();
     if (shrinkage >= rules_.embedding_shrinkage())
       find(Severity::Warn, "embedding_shrinkage", series->elements[i].label, report_.last_step, shrinkage,
@@ -315,9 +345,10 @@ void Examination::experts() {
           Severity::Warn, "load_entropy", layer.label, steps[steps.size() - below[i]],
           layer.state.entropy_share, rules_.load_entropy(),
           cat("the router has collapsed: load entropy ", number_text(layer.state.entropy_share), " of ln E"));
-    const double rise = steps.size() < kLeastPoints ? 0
-                                                    : theil_sen_slope(steps, violation[i]) *
-                                                          static_cast<double>(steps.back() - steps.front());
+    const double rise =
+        steps.size() < kLeastTrendPoints
+            ? 0
+            : theil_sen_slope(steps, violation[i]) * static_cast<double>(steps.back() - steps.front());
     if (rules_.max_violation_rise() > 0 && rise >= rules_.max_violation_rise() &&
         layer.state.max_violation > 1)
       find(Severity::Warn, "max_violation_rise", layer.label, watch.newest_step(), rise,
@@ -368,27 +399,6 @@ HealthReport check_health(const std::string& directory, ReadMode mode, const Hea
                          health_metrics());
   }
   return check_health(log, window, rules);
-}
-
-double theil_sen_slope(const std::vector<std::int64_t>& steps, const std::vector<double>& values) {
-  std::vector<std::size_t> taken;
-  for (std::size_t i = 0; i < values.size() && i < steps.size(); ++i) {
-    if (std::isfinite(values[i])) taken.push_back(i);
-  }
-  if (taken.size() < kLeastPoints) return std::numeric_limits<double>::quiet_NaN();
-  std::vector<std::size_t> points;
-  const std::size_t count = std::min(kPoints, taken.size());
-  for (std::size_t i = 0; i < count; ++i) points.push_back(taken[i * (taken.size() - 1) / (count - 1)]);
-  std::vector<double> slopes;
-  for (std::size_t i = 0; i < points.size(); ++i) {
-    for (std::size_t j = i + 1; j < points.size(); ++j) {
-      slopes.push_back((values[points[j]] - values[points[i]]) /
-                       static_cast<double>(steps[points[j]] - steps[points[i]]));
-    }
-  }
-  const auto middle = slopes.begin() + static_cast<std::ptrdiff_t>(slopes.size() / 2);
-  std::nth_element(slopes.begin(), middle, slopes.end());
-  return *middle;
 }
 
 }  // namespace hybridmoe

@@ -1,7 +1,4 @@
 // Judges the newest part of a run by rules: what is wrong, and what announces that it will be.
-//
-// Slopes are Theil-Sen's (the median of the slopes of all pairs; Sen 1968) over at most 200 points of the
-// window, so that single spikes do not make a trend.
 #pragma once
 
 #include <cstdint>
@@ -14,6 +11,10 @@
 
 namespace hybridmoe {
 
+// How the message of the event OTHER begins by which the trainer says that the table of gradient norms is not
+// that of the gradient.
+inline constexpr const char* kWrongGradientNorms = "gradient norms are wrong: ";
+
 enum class Severity { Ok = 0, Warn = 1, Fail = 2 };
 
 struct HealthFinding {
@@ -23,6 +24,9 @@ struct HealthFinding {
   std::int64_t step = 0;
   double value = 0, limit = 0;
   std::string message;
+  // Tells the findings of a rule apart, and stays the same as long as one lasts, whatever becomes of its step
+  // and place: of a state where it is, of an incident when it began.
+  std::string identity;
 };
 
 struct HealthReport {
@@ -40,8 +44,5 @@ HealthReport check_health(const std::string& directory, ReadMode mode, const Hea
 // Pure: `window` holds the dense metrics of health_metrics() over the newest steps.
 HealthReport check_health(const RunLog& log, const RunWindow& window, const HealthRules& rules);
 std::vector<std::string> health_metrics();
-
-// Slope per step of values at ascending steps; NaN values are left out; NaN with fewer than 8 of them.
-double theil_sen_slope(const std::vector<std::int64_t>& steps, const std::vector<double>& values);
 
 }  // namespace hybridmoe

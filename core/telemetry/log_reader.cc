@@ -65,9 +65,11 @@ void LogReader::find_segments() {
 }
 
 void LogReader::take_header(const LogSegment& segment, const RunHeader& header) {
-  require(header.format_version() <= kLogFormatVersion, segment.path, ": format version ",
-          header.format_version(), ", this program reads up to ", kLogFormatVersion,
-          "; use the version that wrote it: ", header.code_version());
+  if (header.format_version() > kLogFormatVersion) {
+    throw NewerLogFormat(cat(segment.path, ": format version ", header.format_version(),
+                             ", this program reads up to ", kLogFormatVersion,
+                             "; use the version that wrote it: ", header.code_version()));
+  }
   headers_.emplace(segment.attempt, header);
 }
 

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "core/error.h"
 #include "core/files/record_file.h"
 #include "core/telemetry/log_files.h"
 #include "proto/telemetry.pb.h"
@@ -46,14 +47,19 @@ struct LogProblem {
   std::string str() const;
 };
 
+// A log that only a newer version of this program can read.
+class NewerLogFormat : public Error {
+ public:
+  using Error::Error;
+};
+
 class LogReader {
  public:
   // Throws Error when there is no log in the directory.
   explicit LogReader(const std::string& directory, const LogReadOptions& options = {});
 
   // Gives every record that was not given before to `visit`, attempt by attempt; returns their number. Call
-  // it again for what was appended meanwhile. Throws Error as the mode says, and when a file is of a newer
-  // format.
+  // it again for what was appended meanwhile. Throws Error as the mode says, and NewerLogFormat.
   std::size_t poll(const std::function<void(const LogEntry&)>& visit);
 
   const std::string& directory() const { return directory_; }

@@ -2,7 +2,10 @@
 // once, before the first step, and written into the run header; a step record is filled through it.
 #pragma once
 
+#include <bit>
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <string>
 #include <vector>
@@ -45,10 +48,18 @@ class MetricTable {
   int columns_[3] = {0, 0, 0};  // used, by storage
 };
 
+// Whether a number was measured. In step records a scalar that was not is the NaN of these bits; one that
+// was, and is no number, has others (set_metric sees to it).
+inline constexpr double kNotMeasured = std::numeric_limits<double>::quiet_NaN();  // 0x7FF8000000000000
+inline bool was_measured(double scalar) {
+  return std::bit_cast<std::uint64_t>(scalar) != std::bit_cast<std::uint64_t>(kNotMeasured);
+}
+
 // Access to a metric within a record made by the same table's make_step. Writing past the metric is the
 // caller's mistake.
 inline void set_metric(StepRecord* record, const Metric& metric, double value) {
-  record->set_scalar(metric.column, value);
+  constexpr auto kNotANumber = std::bit_cast<double>(std::bit_cast<std::uint64_t>(kNotMeasured) + 1);
+  record->set_scalar(metric.column, std::isnan(value) ? kNotANumber : value);
 }
 inline std::span<float> metric_values(StepRecord* record, const Metric& metric) {
   return {record->mutable_value()->mutable_data() + metric.column, static_cast<std::size_t>(metric.size)};

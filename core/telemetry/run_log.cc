@@ -22,8 +22,12 @@ RunLog::RunLog(const std::string& directory, const LogReadOptions& options) : re
   poll();
 }
 
-bool RunLog::poll() {
-  return reader_.poll([this](const LogEntry& entry) { take(entry); }) > 0;
+bool RunLog::poll(const std::function<void(const LogEntry&)>& visit) {
+  const auto take_and_visit = [&](const LogEntry& entry) {
+    take(entry);
+    if (visit) visit(entry);
+  };
+  return reader_.poll(take_and_visit) > 0;
 }
 
 const std::vector<double>& RunLog::column(const std::string& name) const {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <string>
 #include <vector>
@@ -29,8 +30,8 @@ class RunLog {
 
   explicit RunLog(const std::string& directory, const LogReadOptions& options = {});
 
-  // Reads what is new; true when there was anything.
-  bool poll();
+  // Reads what is new, and gives it to `visit` too; true when there was anything.
+  bool poll(const std::function<void(const LogEntry&)>& visit = nullptr);
 
   const std::vector<Attempt>& attempts() const { return attempts_; }
   const std::vector<TimedEvent>& events() const { return events_; }

@@ -49,9 +49,19 @@ std::size_t RunWindow::index(std::int64_t step) const {
                                                 : static_cast<std::size_t>(found - steps.begin());
 }
 
+void RunWindow::append(const RunHeader& header, const StepRecord& step) {
+  steps.push_back(step.step());
+  for (auto& [name, series] : metrics) {
+    const MetricDefinition* own = find_metric(header, name);
+    std::vector<double>& row = series.rows.emplace_back();
+    if (own != nullptr) row = metric_elements(header, *own, step);
+    if (row.size() != series.elements.size()) row.clear();
+  }
+}
+
 std::vector<DenseSeries::Element> series_elements(const RunHeader& header, const MetricDefinition& metric) {
   std::vector<DenseSeries::Element> elements;
-  for (const std::string& label : element_labels(header, metric)) elements.push_back({label, -1, ""});
+  for (const std::string& label : element_labels(header, metric)) elements.push_back({label, -1, "", 0});
   if (metric.axis_size() == 0) return elements;
   const MetricAxis& first = header.axis(metric.axis(0));
   const std::size_t inner =
@@ -60,8 +70,18 @@ std::vector<DenseSeries::Element> series_elements(const RunHeader& header, const
     const MetricAxis::Entry& entry = first.entry(static_cast<int>(i / inner));
     elements[i].layer = entry.layer();
     elements[i].kind = entry.kind();
+    elements[i].elements = entry.elements();
   }
   return elements;
+}
+
+RunWindow empty_window(const RunHeader& header, const std::vector<std::string>& metrics) {
+  RunWindow window;
+  for (const std::string& name : metrics) {
+    const MetricDefinition* metric = find_metric(header, name);
+    if (metric != nullptr) window.metrics[name].elements = series_elements(header, *metric);
+  }
+  return window;
 }
 
 RunWindow read_window(const std::string& directory, ReadMode mode, const std::vector<StepRange>& ranges,
@@ -69,20 +89,9 @@ RunWindow read_window(const std::string& directory, ReadMode mode, const std::ve
   RunHeader newest;
   require(read_newest_header(list_log_segments(directory), &newest), directory,
           ": no run header can be read; hybridmoe-log verify says what is wrong");
-  RunWindow window;
-  for (const std::string& name : metrics) {
-    const MetricDefinition* metric = find_metric(newest, name);
-    if (metric != nullptr) window.metrics[name].elements = series_elements(newest, *metric);
-  }
-  visit_steps(directory, mode, ranges, [&](const RunHeader& header, const StepRecord& step) {
-    window.steps.push_back(step.step());
-    for (auto& [name, series] : window.metrics) {
-      const MetricDefinition* own = find_metric(header, name);
-      std::vector<double>& row = series.rows.emplace_back();
-      if (own != nullptr) row = metric_elements(header, *own, step);
-      if (row.size() != series.elements.size()) row.clear();
-    }
-  });
+  RunWindow window = empty_window(newest, metrics);
+  visit_steps(directory, mode, ranges,
+              [&window](const RunHeader& header, const StepRecord& step) { window.append(header, step); });
   return window;
 }
 

@@ -21,9 +21,10 @@ void visit_steps(const std::string& directory, ReadMode mode, const std::vector<
 // One metric over the steps of a window.
 struct DenseSeries {
   struct Element {
-    std::string label;  // "layer_03.qkv", "layer_03/12"
-    int layer = -1;     // -1: belongs to none
-    std::string kind;   // "qkv"; empty where the metric has no kinds
+    std::string label;          // "layer_03.qkv", "layer_03/12"
+    int layer = -1;             // -1: belongs to none
+    std::string kind;           // "qkv"; empty where the metric has no kinds
+    std::int64_t elements = 0;  // tensor elements that it is a number of; 0: not recorded
   };
   std::vector<Element> elements;
   std::vector<std::vector<double>> rows;  // by step of the window; empty: not recorded there
@@ -41,7 +42,12 @@ struct RunWindow {
   const DenseSeries* find(const std::string& name) const;
   // Index of a step; steps.size() when it is not in the window.
   std::size_t index(std::int64_t step) const;
+  // Adds a step behind the others.
+  void append(const RunHeader& header, const StepRecord& step);
 };
+
+// A window without steps. Metrics that the header does not define are left out.
+RunWindow empty_window(const RunHeader& header, const std::vector<std::string>& metrics);
 
 // Reads a window. Metrics that the newest header does not define are left out; a step whose attempt defines
 // one in another size has no row of it. Memory: steps x elements x 8 bytes.

@@ -3,6 +3,7 @@
 #include <fstream>
 #include <gtest/gtest.h>
 
+#include "core/telemetry/trend.h"
 #include "tests/synthetic_run.h"
 #include "tests/temporary_directory.h"
 
@@ -11,9 +12,10 @@ namespace {
 
 class HealthTest : public ::testing::Test {
  protected:
-  HealthReport checked(const std::function<void(StepRecord*)>& fault, const HealthRules& rules = {}) {
+  HealthReport checked(const std::function<void(StepRecord*)>& fault, const HealthRules& rules = {},
+                       const std::vector<EventRecord>& events = {}) {
     TemporaryDirectory directory;
-    run_.write(directory.path(), 600, fault);
+    run_.write(directory.path(), 600, fault, events);
     return check_health(directory.path(), ReadMode::Strict, rules);
   }
   // "SEVERITY rule where" of every finding.
@@ -49,6 +51,34 @@ TEST_F(HealthTest, NonFiniteAndReplicasFail) {
               if (r->step() == 500) set_metric(r, run_.replica_mismatches, 2);
             })),
             Names{"fail replica_mismatch "});
+}
+
+TEST_F(HealthTest, WhatTheTrainerReportedCounts) {
+  const auto event = [](EventRecord::Kind kind, std::int64_t step, const std::string& message) {
+    EventRecord record;
+    record.set_kind(kind);
+    record.set_step(step);
+    record.set_message(message);
+    return record;
+  };
+  const std::vector<EventRecord> events = {
+      event(EventRecord::OTHER, 300, kWrongGradientNorms + std::string("row layer_1.qkv")),
+      event(EventRecord::CHECKPOINT_FAILED, 350, "no space left"),
+      event(EventRecord::OTHER, 400, kWrongGradientNorms + std::string("row layer_1.qkv")),
+      event(EventRecord::OTHER, 500, "something else")};
+  const HealthReport report = checked(nullptr, {}, events);
+  EXPECT_EQ(names(report), (Names{"fail wrong_gradient_norms ", "warn failed_checkpoint "}));
+  EXPECT_EQ(report.findings[0].step, 300);
+  EXPECT_NE(report.findings[0].message.find("the first of 2 checks"), std::string::npos);
+  EXPECT_EQ(report.findings[1].step, 350);
+  EXPECT_NE(report.findings[1].message.find("no space left"), std::string::npos);
+  HealthRules rules;
+  rules.set_window(120);
+  EXPECT_EQ(names(checked(nullptr, rules, events)), Names{}) << "long ago";
+  rules = HealthRules();
+  rules.set_wrong_gradient_norms(false);
+  rules.set_failed_checkpoint(false);
+  EXPECT_EQ(names(checked(nullptr, rules, events)), Names{});
 }
 
 TEST_F(HealthTest, OldIncidentsLeaveTheWindow) {

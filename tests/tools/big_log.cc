@@ -46,7 +46,7 @@ int main(int argc, char** argv) {
     const int spiking = step % 5000 == 0 ? step / 5000 % layers : -1;
     for (double& value : *record.mutable_scalar()) value = 1 + 0.05 * random.normal(draw++);
     set_metric(&record, metrics.skipped, 0);
-    set_metric(&record, metrics.replica_mismatches, step % 100 == 0 ? 0 : NAN);
+    if (step % 100 == 0) set_metric(&record, metrics.replica_mismatches, 0);
     set_metric(&record, metrics.loss, 2 + 8 / std::sqrt(step) + 0.05 * random.normal(draw++));
     set_metric(&record, metrics.grad_norm, spiking < 0 ? 1 + 0.1 * random.normal(draw++) : 20);
     for (float& value : *record.mutable_value())

@@ -88,6 +88,33 @@ class OlderSchema : public ::testing::Test {
   TemporaryDirectory run_;
 };
 
+// The document lists the number of every field, so that a reader can be written from it alone.
+TEST(LogSchema, TheDocumentListsEveryField) {
+  const std::string document = testing::read_text(std::string(HYBRIDMOE_SOURCE_DIR) + "/docs/telemetry.md");
+  std::vector<const google::protobuf::Descriptor*> messages = {Record::descriptor()};
+  for (std::size_t i = 0; i < messages.size(); ++i) {
+    const google::protobuf::Descriptor& message = *messages[i];
+    const std::string name = message.full_name().substr(std::string("hybridmoe.").size());
+    const std::size_t begin = document.find("\n| " + name + " |");
+    ASSERT_NE(begin, std::string::npos) << name;
+    const std::string line = document.substr(begin, document.find('\n', begin + 1) - begin);
+    for (int f = 0; f < message.field_count(); ++f) {
+      const google::protobuf::FieldDescriptor& field = *message.field(f);
+      EXPECT_NE(line.find(cat(" ", field.number(), " ", field.name())), std::string::npos)
+          << name << ": " << field.number() << " " << field.name();
+      const google::protobuf::Descriptor* type = field.message_type();
+      const bool elsewhere = type == nullptr || type == Config::descriptor();
+      if (!elsewhere && std::find(messages.begin(), messages.end(), type) == messages.end())
+        messages.push_back(type);
+      for (int v = 0; field.enum_type() != nullptr && v < field.enum_type()->value_count(); ++v) {
+        const google::protobuf::EnumValueDescriptor& value = *field.enum_type()->value(v);
+        EXPECT_NE(line.find(cat(value.number(), " ", value.name())), std::string::npos)
+            << name << ": " << value.name();
+      }
+    }
+  }
+}
+
 TEST_F(OlderSchema, EveryCommandReadsIt) {
   const SchemaJson summary = SchemaJson::parse(output("summary", {"--json"}));
   EXPECT_EQ(summary["steps"], kSteps) << summary;

@@ -1,10 +1,13 @@
 #include <cstdio>
+#include <filesystem>
+#include <fstream>
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 #include <sstream>
 #include <sys/wait.h>
 
 #include "core/telemetry/log_writer.h"
+#include "tests/flip_bit.h"
 #include "tests/small_log.h"
 #include "tests/temporary_directory.h"
 #include "tools/log_export.h"
@@ -62,13 +65,36 @@ TEST_F(LogTool, SummaryCountsTheMergedRun) {
   // Layer 1: all tokens to one of four experts.
   EXPECT_EQ(summary.router.worst_layer, "layer_1");
   EXPECT_EQ(summary.router.worst_max_violation, 3);
-  EXPECT_EQ(summary.router.dead_experts, 7);
+  EXPECT_EQ(summary.router.dead_experts, 0) << "seven are idle, but not for 100 steps";
 
   std::ostringstream text;
   print_summary(summary, text);
   EXPECT_NE(text.str().find("step 50 of 100 (50 %)"), std::string::npos) << text.str();
   EXPECT_NE(text.str().find("bits_per_byte 2.25"), std::string::npos) << text.str();
   EXPECT_NE(text.str().find("10 steps computed again later"), std::string::npos) << text.str();
+}
+
+// Without a token in one step: idle. For a hundred: dead, as `check` and `router` count them.
+TEST(LogSummary, AnExpertIsDeadAfterAHundredSteps) {
+  const TrainingMetrics metrics(small_model());
+  TemporaryDirectory run;
+  const auto dead_after = [&](int steps) {
+    const std::string directory = telemetry_directory(run.file(cat("run", steps)));
+    LogOptions options;
+    options.rotate_bytes = 20000;  // the hundred steps lie in several segments
+    LogWriter writer(directory, header_of(metrics), options);
+    for (int step = 1; step <= steps; ++step) {
+      StepRecord record = step_of(metrics, step);
+      for (std::uint64_t& load : metric_counts(&record, metrics.expert_load)) load = 1;
+      if (step > 50) metric_counts(&record, metrics.expert_load)[2] = 0;
+      if (step == steps) metric_counts(&record, metrics.expert_load)[3] = 0;
+      writer.step(std::move(record));
+    }
+    writer.close();
+    return summarize(RunLog(directory, {.scalars_only = true})).router.dead_experts;
+  };
+  EXPECT_EQ(dead_after(149), 0);
+  EXPECT_EQ(dead_after(150), 1);
 }
 
 TEST_F(LogTool, SummaryForPrograms) {
@@ -114,10 +140,40 @@ TEST_F(LogTool, JsonHoldsEverything) {
   ASSERT_EQ(json["steps"].size(), 50u);
   EXPECT_EQ(json["steps"][39]["loss"], 0.05);
   EXPECT_EQ(json["steps"][39]["expert_load"][5], 40);
-  EXPECT_TRUE(json["steps"][49]["loss"].is_null());
+  EXPECT_EQ(json["steps"][49]["loss"], "Infinity");
   EXPECT_TRUE(json["steps"][0]["z_loss"].is_null());
   EXPECT_EQ(json["events"].size(), 1u);
   EXPECT_EQ(json["header"]["metrics"][0]["name"], "loss");
+}
+
+// A loss that is no number must not look like one that was not measured.
+TEST(LogExportTest, WhatIsNotFiniteIsNotMissing) {
+  const TrainingMetrics metrics(small_model());
+  TemporaryDirectory run;
+  LogWriter writer(run.path(), header_of(metrics), {});
+  StepRecord record = step_of(metrics, 1, -std::nan(""));
+  metric_values(&record, metrics.router_entropy)[0] = NAN;
+  metric_values(&record, metrics.router_entropy)[1] = -INFINITY;
+  writer.step(std::move(record));
+  EventRecord event = event_of(EventRecord::EVALUATION, 1);
+  event.add_value()->set_name("loss");
+  event.mutable_value(0)->set_value(NAN);
+  writer.event(std::move(event));
+  writer.close();
+  const LogExport what = {{"loss", "z_loss", "router_entropy"}, false};
+  std::ostringstream csv, json_text;
+  export_csv(run.path(), {}, what, csv);
+  EXPECT_NE(csv.str().find(",nan,,nan,-inf\n"), std::string::npos) << csv.str();
+  export_json(run.path(), {}, what, json_text);
+  const Json json = Json::parse(json_text.str());
+  EXPECT_EQ(json["steps"][0]["loss"], "NaN");
+  EXPECT_TRUE(json["steps"][0]["z_loss"].is_null());
+  EXPECT_EQ(json["steps"][0]["router_entropy"], (Json{"NaN", "-Infinity"}));
+  EXPECT_EQ(json["events"][0]["values"]["loss"], "NaN");
+  // The index of a finished segment keeps the difference.
+  const RunLog log(run.path());
+  EXPECT_TRUE(was_measured(log.column("loss")[0]));
+  EXPECT_FALSE(was_measured(log.column("z_loss")[0]));
 }
 
 TEST_F(LogTool, ProgramsExitStatus) {
@@ -133,9 +189,38 @@ TEST_F(LogTool, ProgramsExitStatus) {
   EXPECT_NE(run_program("export " + run_.path() + " --output /dev/full").second, 0);
 
   const std::string segment = log_segment_path(directory_, 0, 0);
+  // What cannot be made leaves what was there.
+  const std::string board = run_.file("board");
+  std::ofstream(csv) << "old";
+  std::ofstream(run_.file("picture.svg")) << "old";
+  flip_bit(segment, 2000);
+  EXPECT_EQ(run_program("export " + run_.path() + " --output " + csv).second, 3);
+  EXPECT_EQ(run_program("export " + run_.path() + " --tensorboard " + board).second, 3);
+  EXPECT_EQ(
+      run_program("compare " + run_.path() + " --metric nonfinite --svg " + run_.file("picture.svg")).second,
+      3);
+  EXPECT_EQ(run_program("report " + run_.path() + " --html " + csv).second, 3);
+  for (const std::string& file : {csv, run_.file("picture.svg")}) {
+    std::string text;
+    std::ifstream(file) >> text;
+    EXPECT_EQ(text, "old") << file;
+    EXPECT_FALSE(std::filesystem::exists(file + ".partial"));
+  }
+  flip_bit(segment, 2000);  // as it was
+  const auto [board_text, board_status] = run_program("export " + run_.path() + " --tensorboard " + board);
+  EXPECT_EQ(board_status, 0) << "a failed export must not stand in the way: " << board_text;
+  const auto in_board = std::filesystem::directory_iterator(board);
+  EXPECT_EQ(std::distance(begin(in_board), end(in_board)), 1) << "nothing but the event file";
+
   std::filesystem::resize_file(segment, std::filesystem::file_size(segment) / 4);
   const auto [output, status] = run_program("verify " + run_.path());
   EXPECT_EQ(status, 3) << output;
+  const auto [json_text, json_status] = run_program("verify --json " + run_.path());
+  const Json json = Json::parse(json_text);
+  EXPECT_EQ(json_status, 3);
+  EXPECT_EQ(json["good"], false);
+  EXPECT_EQ(json["last_step"], 50);
+  EXPECT_NE(json["problems"].dump().find("are missing"), std::string::npos) << json;
   EXPECT_NE(output.find("are missing"), std::string::npos) << output;
 }
 

@@ -7,6 +7,7 @@
 
 #include "core/telemetry/log_writer.h"
 #include "core/telemetry/metrics.h"
+#include "tests/flip_bit.h"
 #include "tests/temporary_directory.h"
 #include "tests/tools/process.h"
 #include "tools/log_report.h"
@@ -49,6 +50,7 @@ class Report : public ::testing::Test {
       if (l > 0) moe.push_back(layers.back());
     }
     gradient.push_back(entry("head", -1, "head"));
+    gradient.push_back(entry("embedding", -1, "embedding"));
     for (int e = 0; e < kReportExperts; ++e) experts.push_back(entry(cat(e), -1, ""));
     const int a = table.axis("gradient", gradient), b = table.axis("layer", layers);
     const int c = table.axis("moe_layer", moe), d = table.axis("expert", experts);
@@ -60,6 +62,7 @@ class Report : public ::testing::Test {
     const Metric resid = table.value("resid_rms", "", D::SUM, {b}, ""),
                  back = table.value("dresid_norm", "", D::SUM, {b}, "");
     const Metric load = table.count("expert_load", "token", D::SUM, {c, d}, "");
+    const Metric expert_norm = table.value("expert_grad_norm", "", D::SUM, {c, d}, "");
     RunHeader header;
     table.define(&header);
     header.mutable_config()->set_steps(kReportSteps);
@@ -81,7 +84,11 @@ class Report : public ::testing::Test {
           metric_values(&record, resid)[l] = static_cast<float>(1 << l);
           metric_values(&record, back)[l] = static_cast<float>((8 >> l) * (l < kSpikeLayer ? factor : 1));
         }
-        for (int i = 0; i < 2 * kReportExperts; ++i) metric_counts(&record, load)[i] = 10;
+        metric_values(&record, grads)[2 * kReportLayers + 1] = 0.04f;
+        for (int i = 0; i < 2 * kReportExperts; ++i) {
+          metric_counts(&record, load)[i] = 10;
+          if (step % 10 == 0) metric_values(&record, expert_norm)[i] = static_cast<float>(i + 1);
+        }
         if (step >= 200) metric_counts(&record, load)[kReportExperts + 2] = 0;
         log.step(std::move(record));
         if (step == kSpike || step == 200) {
@@ -107,6 +114,11 @@ class Report : public ::testing::Test {
     Process program(command, {}, runs_.path() + "/log");
     EXPECT_EQ(program.wait(), 0) << program.err();
     return path;
+  }
+  static ReportJson data_of(const std::string& page) {
+    const std::string text = read_text(page), begin = "<script id=\"data\" type=\"application/json\">";
+    const std::size_t at = text.find(begin) + begin.size();
+    return ReportJson::parse(text.substr(at, text.find("</script>", at) - at));
   }
   // Results of a browser's steps; nothing when there is no browser.
   ReportJson browse(const std::string& page, const ReportJson& steps) {
@@ -136,13 +148,12 @@ TEST(ReportOfThisBuild, HasTheChartingLibraryWhereItIsInstalled) {
 
 TEST_F(Report, HoldsEverythingItself) {
   NEEDS_REPORT();
-  const std::string text = read_text(page({"first"}));
+  const std::string path = page({"first"});
+  const std::string text = read_text(path);
   for (const char* outside : {"<script src", "<link", "<img", "@import", "url("}) {
     EXPECT_EQ(text.find(outside), std::string::npos) << outside;
   }
-  const std::string begin = "<script id=\"data\" type=\"application/json\">";
-  const std::size_t at = text.find(begin) + begin.size();
-  const ReportJson data = ReportJson::parse(text.substr(at, text.find("</script>", at) - at));
+  const ReportJson data = data_of(path);
   ASSERT_EQ(data["runs"].size(), 1u);
   const ReportJson& run = data["runs"][0];
   EXPECT_EQ(run["name"], "first");
@@ -154,10 +165,53 @@ TEST_F(Report, HoldsEverythingItself) {
   EXPECT_NE(run["facts"]["config"].get<std::string>().find("</script><b>name</b>"), std::string::npos);
 }
 
+// Thousands of checkpoints and evaluations must not push the end of the run's troubles from the page.
+TEST_F(Report, TroublesAndTheNewestEventsAreKept) {
+  NEEDS_REPORT();
+  MetricTable table;
+  const Metric loss = table.scalar("loss", "", MetricDefinition::SAME, "");
+  RunHeader header;
+  table.define(&header);
+  header.set_resume_step(1);
+  LogOptions options;
+  options.queue_records = 10000;  // nothing is to be lost
+  LogWriter log(telemetry_directory(run("long")), header, options);
+  const auto event = [&log](EventRecord::Kind kind, int step) {
+    EventRecord record;
+    record.set_kind(kind);
+    record.set_step(step);
+    log.event(std::move(record));
+  };
+  for (int step = 1; step <= 3000; ++step) {
+    StepRecord record = table.make_step(step);
+    set_metric(&record, loss, 2);
+    log.step(std::move(record));
+    event(EventRecord::EVALUATION, step);
+    if (step == 3) event(EventRecord::SKIP, step);
+  }
+  event(EventRecord::HASH_MISMATCH, 3000);
+  log.close();
+  const std::string file = page({"long"});
+  const ReportJson run = data_of(file)["runs"][0];
+  EXPECT_EQ(run["all_events"], 3002);
+  const ReportJson& events = run["events"];
+  ASSERT_EQ(events.size(), 2000u);
+  EXPECT_EQ(events[0]["kind"], "SKIP");
+  EXPECT_EQ(events[1]["step"], 1003);
+  const auto is_mismatch = [](const ReportJson& each) { return each["kind"] == "HASH_MISMATCH"; };
+  EXPECT_TRUE(std::any_of(events.begin(), events.end(), is_mismatch));
+  const ReportJson shown = browse(file, {{{"script",
+                                           "return [document.querySelectorAll('#events tr').length, "
+                                           "document.getElementById('events-left-out').textContent]"}}});
+  if (shown.is_null()) GTEST_SKIP() << "no Chromium with chromedriver here";
+  EXPECT_EQ(shown[0][0], 2001) << "and the heading";
+  EXPECT_NE(shown[0][1].get<std::string>().find("1,002 are left out"), std::string::npos) << shown;
+}
+
 TEST_F(Report, ASpikeOfOneStepSurvivesGathering) {
   NEEDS_REPORT();
-  const ReportData data =
-      gather_report(telemetry_directory(run("first")), {.columns = 16, .coarse_columns = 8});
+  const ReportData data = gather_report(telemetry_directory(run("first")), ReadMode::Strict,
+                                        {.columns = 16, .coarse_columns = 8});
   EXPECT_EQ(data.column_steps.size(), 17u);
   EXPECT_EQ(data.column_steps.front(), 1);
   EXPECT_EQ(data.column_steps.back(), kReportSteps + 1);
@@ -174,10 +228,21 @@ TEST_F(Report, ASpikeOfOneStepSurvivesGathering) {
     const float expected = column < 3 ? 10 : column == 3 ? 9.8f : 0;
     EXPECT_NEAR(load.values[(kReportExperts + 2) * 8 + column], expected, 1e-5) << column;
   }
+  ASSERT_EQ(data.coarse.back().name, "expert_grad_norm");  // of the steps in which it was measured
+  EXPECT_EQ(data.coarse.back().values[(kReportExperts + 2) * 8 + 3], 8);
 }
 
 TEST_F(Report, MistakesAreSaid) {
   NEEDS_REPORT();
+  // Damage is an error, unless somebody wants to see what there is.
+  const std::string segment = log_segment_path(telemetry_directory(run("second")), 0, 0);
+  flip_bit(segment, static_cast<std::int64_t>(std::filesystem::file_size(segment)) / 2);
+  for (const auto& [mode, status] : {std::pair("tolerate-tail", 3), std::pair("skip-corrupt", 0)}) {
+    Process damaged({std::string(HYBRIDMOE_BIN_DIR) + "/hybridmoe-log", "report", run("second"), "--html",
+                     runs_.path() + "/damaged.html", "--read", mode},
+                    {}, runs_.path() + "/log");
+    EXPECT_EQ(damaged.wait(), status) << mode << damaged.err();
+  }
   Process nothing({std::string(HYBRIDMOE_BIN_DIR) + "/hybridmoe-log", "report", runs_.path() + "/none",
                    "--html", runs_.path() + "/none.html"},
                   {}, runs_.path() + "/log");
@@ -199,7 +264,7 @@ TEST_F(Report, InABrowser) {
   EXPECT_EQ(first[1], ReportJson::array()) << "messages on the console";
   const double x = first[0][0], y = first[0][1];
   EXPECT_EQ(first[0][2], kReportSteps);
-  EXPECT_EQ(first[0][3], kReportLayers + 1);
+  EXPECT_EQ(first[0][3], kReportLayers + 2);
 
   const ReportJson range = {{"script",
                              "return [report.charts.loss.xAxisRange(), report.charts.norm.xAxisRange(), "
@@ -260,7 +325,7 @@ TEST_F(Report, InABrowser) {
   // Of layers 1 and 2. Backward: what leaves a block over what enters it, at the outputs of the blocks.
   EXPECT_TRUE(result[5][0][0].is_null());
   EXPECT_NEAR(result[5][0][1].get<double>(), 2, 1e-3);
-  EXPECT_TRUE(result[5][1][0].is_null());
+  EXPECT_NEAR(result[5][1][0].get<double>(), 0.04 / 400, 1e-6) << "by the embedding's gradient";
   EXPECT_NEAR(result[5][1][1].get<double>(), 100, 1e-2);
   EXPECT_NEAR(result[5][1][2].get<double>(), 2, 1e-3);
   // All charts zoom together, and back.
@@ -287,6 +352,25 @@ TEST_F(Report, InABrowser) {
   for (const ReportJson& message : result[15]) {  // the test's own reading of pixels may be called slow
     EXPECT_NE(message.get<std::string>().find("willReadFrequently"), std::string::npos) << message;
   }
+}
+
+// They are measured every ten steps; a column of two steps without one shows the last.
+TEST_F(Report, GradientNormsOfTheExperts) {
+  NEEDS_REPORT();
+  const ReportJson result = browse(
+      page({"first"}),
+      {{{"script",
+         "const s = document.getElementById('router-metric'); s.value = 'norm'; s.dispatchEvent(new "
+         "Event('change')); const v = report.experts().value; return [v(2, 0), v(2, 4), v(2, 5), v(4, 199), "
+         "document.getElementById('load-scale').textContent]"}},
+       {{"console", true}}});
+  if (result.is_null()) GTEST_SKIP() << "no Chromium with chromedriver here";
+  EXPECT_TRUE(result[0][0].is_null());
+  EXPECT_NEAR(result[0][1].get<double>(), 3, 1e-3);
+  EXPECT_NEAR(result[0][2].get<double>(), 3, 1e-3);
+  EXPECT_NEAR(result[0][3].get<double>(), 5, 1e-3);
+  EXPECT_NE(result[0][4].get<std::string>().find("gradient norm"), std::string::npos) << result;
+  EXPECT_EQ(result[1], ReportJson::array());
 }
 
 TEST_F(Report, LongCurvesAreThinnedWithoutLosingASpike) {

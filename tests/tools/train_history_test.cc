@@ -88,7 +88,7 @@ TEST_F(TrainHistory, SkippedStepsLeaveEveryRanksNumbers) {
   const auto& left = json["rank_logs"][1];
   EXPECT_EQ(left["rank"], 1);
   EXPECT_EQ(left["metrics"].size(), logs[1].header.metric_size());
-  EXPECT_TRUE(left["parts"][0]["samples"][1]["values"]["cross_entropy"].is_null());
+  EXPECT_TRUE(left["parts"][0]["samples"][1]["values"]["cross_entropy"].is_string()) << left;
   EXPECT_EQ(left["parts"][0]["samples"][0]["values"]["skipped"], 0);
   testing::Process python({"python3", std::string(HYBRIDMOE_SOURCE_DIR) + "/tools/read_log.py", path("run")},
                           {}, path("python"));

@@ -7,9 +7,9 @@ const runColours = ['#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b
 const lineColours = [...runColours, '#882255', '#44aa99', '#aa4499', '#6699cc', '#117733'];
 const kindColours = {
   RESTART: '#0072b2', SKIP: '#c2410c', NON_FINITE: '#c2410c', HASH_MISMATCH: '#c2410c', CHECKPOINT_FAILED: '#c2410c',
-  RECORDS_LOST: '#c2410c', INCIDENT: '#e69f00', SPIKE: '#e69f00', STRAGGLER: '#cc79a7', SIGNAL: '#8c6d1f', CHECKPOINT_SAVED: '#009e73',
+  RECORDS_LOST: '#c2410c', OTHER: '#c2410c', INCIDENT: '#e69f00', SPIKE: '#e69f00', STRAGGLER: '#cc79a7', SIGNAL: '#8c6d1f', CHECKPOINT_SAVED: '#009e73',
 };
-const troubles = ['SKIP', 'NON_FINITE', 'HASH_MISMATCH', 'CHECKPOINT_FAILED', 'RECORDS_LOST', 'SPIKE'];
+const troubles = ['SKIP', 'NON_FINITE', 'HASH_MISMATCH', 'CHECKPOINT_FAILED', 'RECORDS_LOST', 'SPIKE', 'OTHER'];
 
 // --- The numbers -----------------------------------------------------------------------------------------------
 
@@ -29,7 +29,7 @@ function unpack(packed) {
   return values;
 }
 function load(raw) {
-  const run = {name: raw.name, facts: raw.facts, events: raw.events, scalars: {}, dense: {},
+  const run = {name: raw.name, facts: raw.facts, events: raw.events, allEvents: raw.all_events, scalars: {}, dense: {},
                steps: new Float64Array(bytesOf(raw.steps)), columnSteps: raw.column_steps, coarseSteps: raw.coarse_steps,
                incidents: raw.incidents || []};
   for (const [name, scalar] of Object.entries(raw.scalars)) {
@@ -352,6 +352,12 @@ function combined(name, dense, row, column) {
   }
   return value;
 }
+function logScale(values) {
+  const logs = finite(values).filter((v) => v > 0).map(Math.log).sort((a, b) => a - b);
+  const low = logs.length ? logs[Math.floor(0.005 * logs.length)] : 0;
+  const high = logs.length ? Math.max(logs[logs.length - 1], low + 1e-6) : 1;
+  return {low: Math.exp(low), high: Math.exp(high), place: (v) => v > 0 ? (Math.log(v) - low) / (high - low) : 0};
+}
 function showHeat() {
   const name = $('heat-metric').value, dense = run.dense[name];
   if (!dense || !dense.columns) return;
@@ -359,10 +365,7 @@ function showHeat() {
   rows.forEach((row, r) => {
     for (let c = 0; c < dense.columns; ++c) values[r * dense.columns + c] = combined(name, dense, row, c);
   });
-  const logs = finite(values).filter((v) => v > 0).map(Math.log).sort((a, b) => a - b);
-  const low = logs.length ? logs[Math.floor(0.005 * logs.length)] : 0;
-  const high = logs.length ? Math.max(logs[logs.length - 1], low + 1e-6) : 1;
-  const place = (v) => v > 0 ? (Math.log(v) - low) / (high - low) : 0;
+  const {low, high, place} = logScale(values);
   const map = paint($('heat'), rows.length, dense.columns, rows.map((r) => r.label), (r, c) => values[r * dense.columns + c],
                     warm, place);
   stepLabels(map, run.columnSteps);
@@ -370,7 +373,7 @@ function showHeat() {
   const r = rows.findIndex((each) => each.layer === picked.layer);
   if (r >= 0 && picked.column >= 0) frame(map, r, Math.min(picked.column, dense.columns - 1));
   const per = run.columnSteps.length > 1 ? run.columnSteps[1] - run.columnSteps[0] : 1;
-  showScale($('heat-scale'), warm, digits(Math.exp(low), 3), digits(Math.exp(high), 3),
+  showScale($('heat-scale'), warm, digits(low, 3), digits(high, 3),
             (per > 1 ? `largest of ${per} steps a column; ` : '') + 'logarithmic scale; green: not finite');
 }
 function readHeat(event) {
@@ -425,18 +428,21 @@ function showLayer() {
   if (charts.loss.isZoomed('x')) charts.layer.updateOptions({dateWindow: charts.loss.xAxisRange()});
 }
 // Of a block, both measured at the outputs of blocks: RMS of the residual stream over that of the block below; gradient
-// that it hands to the block below over the one that it got.
+// that it hands to the block below over the one that it got. What block 0 hands down is not recorded; the embedding's
+// gradient stands in for it.
 function gains(column) {
   const at = (name) => {
     const dense = run.dense[name];
     return dense ? dense.rows.map((_, i) => dense.values[i * dense.columns + column]) : null;
   };
-  const forward = at('resid_rms'), backward = at('dresid_norm');
+  const forward = at('resid_rms'), backward = at('dresid_norm'), norms = run.dense.layer_grad_norm;
+  const embedding = norms ? norms.rows.findIndex((entry) => entry.kind === 'embedding') : -1;
+  const below = (l) => l > 0 ? backward[l - 1] : embedding >= 0 ? norms.values[embedding * norms.columns + column] : NaN;
   if (!forward && !backward) return null;
   const layers = (forward || backward).length, rows = [];
   for (let l = 0; l < layers; ++l) {
     rows.push([l, forward && l > 0 ? forward[l] / forward[l - 1] : null,
-               backward && l > 0 ? backward[l - 1] / backward[l] : null]);
+               backward && !Number.isNaN(below(l)) ? below(l) / backward[l] : null]);
   }
   return rows;
 }
@@ -447,6 +453,7 @@ function showGain() {
   $('gain').hidden = !rows;
   labelsAbove($('gain')).hidden = !rows;
   $('gain-missing').hidden = !!rows;
+  $('gain-hint').hidden = !rows;
   $('gain-missing').textContent = 'This log does not record the residual stream’s size (resid_rms, dresid_norm).';
   if (!rows) return;
   $('gain-title').textContent = `Gain from layer to layer around step ${whole(picked.step)}`;
@@ -481,6 +488,24 @@ function loads(layer, column) {
   return {relative: shares.map((p) => p * experts), entropy, excess: Math.max(...shares) * experts - 1,
           dead: counts.filter((v) => v === 0).length};
 }
+// What the heat map of the experts shows of a layer.
+function expertView(layer, columns) {
+  const norms = run.dense.expert_grad_norm;
+  if (!norms || $('router-metric').value === 'load') {
+    // 1/8 and less to 8 times and more, logarithmic, white is balanced.
+    return {value: (e, c) => columns[c].relative[e], stops: balance, place: (v) => v > 0 ? (Math.log2(v) + 3) / 6 : 0,
+            scale: ['1/8', '8', 'times a balanced load']};
+  }
+  // Measured every so many steps: a column without one shows what was measured last.
+  const experts = norms.second.length, values = new Float32Array(experts * norms.columns);
+  for (let i = 0; i < values.length; ++i) {
+    const v = norms.values[layer * values.length + i];
+    values[i] = Number.isNaN(v) && i % norms.columns ? values[i - 1] : v;
+  }
+  const {low, high, place} = logScale(values);
+  return {value: (e, c) => values[e * norms.columns + c], stops: warm, place,
+          scale: [digits(low, 3), digits(high, 3), 'gradient norm of an expert’s matrices, logarithmic scale']};
+}
 let loadMap = null;
 function coarseColumn() {
   let column = 0;
@@ -493,13 +518,12 @@ function showRouter() {
   if ($('router').hidden) return;
   const layer = picked.routerLayer, experts = dense.second.length, columns = [];
   for (let c = 0; c < dense.columns; ++c) columns.push(loads(layer, c));
-  // 1/8 and less to 8 times and more, logarithmic, white is balanced.
-  const place = (v) => v > 0 ? (Math.log2(v) + 3) / 6 : 0;
-  loadMap = paint($('load'), experts, dense.columns, dense.second.map((e) => `expert ${e}`), (e, c) => columns[c].relative[e],
-                  balance, place);
-  loadMap.loads = columns;
+  $('router-metric').parentElement.hidden = !run.dense.expert_grad_norm;
+  const view = expertView(layer, columns);
+  loadMap = paint($('load'), experts, dense.columns, dense.second.map((e) => `expert ${e}`), view.value, view.stops, view.place);
+  loadMap.value = view.value;
   stepLabels(loadMap, run.coarseSteps);
-  showScale($('load-scale'), balance, '1/8', '8', 'times a balanced load');
+  showScale($('load-scale'), view.stops, ...view.scale);
   const entropy = columns.map((c, i) => [run.coarseSteps[i], c.entropy, c.excess]);
   if (charts.router) {
     linked.delete(charts.router);
@@ -523,7 +547,7 @@ function showRouter() {
 function readLoad(event) {
   const cell = loadMap && cellAt(loadMap, event);
   $('router-read').textContent = !cell ? '' :
-      `expert ${cell.row}, step ${whole(run.coarseSteps[cell.column])}: ${digits(loadMap.loads[cell.column].relative[cell.row], 3)}`;
+      `expert ${cell.row}, step ${whole(run.coarseSteps[cell.column])}: ${digits(loadMap.value(cell.row, cell.column), 3)}`;
 }
 
 // --- Time, events, configuration -------------------------------------------------------------------------------
@@ -553,7 +577,11 @@ function showTimes() {
 function showEvents() {
   const head = element('tr', {}, ...['step', 'kind', 'what', 'time, UTC'].map((text) => element('th', {textContent: text})));
   const time = (s) => s ? new Date(1000 * s).toISOString().replace('T', ' ').slice(0, 19) : '';
-  $('events').replaceChildren(head, ...run.events.slice(0, 500).map((e) => element(
+  const missing = run.allEvents - run.events.length;
+  $('events-left-out').hidden = missing === 0;
+  $('events-left-out').textContent = `Of ${whole(run.allEvents)} events this page holds ${whole(run.events.length)}: those that ` +
+      `report trouble, and the newest. ${whole(missing)} are left out.`;
+  $('events').replaceChildren(head, ...run.events.map((e) => element(
       'tr', {className: troubles.includes(e.kind) ? 'bad' : ''}, element('td', {className: 'number', textContent: whole(e.step)}),
       element('td', {textContent: e.kind.toLowerCase().replaceAll('_', ' ') + (e.superseded ? ' (computed again)' : '')}),
       element('td', {textContent: e.message}), element('td', {textContent: time(e.time)}))));
@@ -613,6 +641,7 @@ $('heat').addEventListener('click', (event) => {
   if (cell) pick(heat.rows[cell.row].layer, cell.column);
 });
 $('load').addEventListener('mousemove', readLoad);
+$('router-metric').addEventListener('change', showRouter);
 $('router-layer').addEventListener('change', (event) => {
   picked.routerLayer = Number(event.target.value);
   showRouter();
@@ -626,5 +655,5 @@ window.addEventListener('resize', () => {
   }, 100);
 });
 // What a test looks at.
-window.report = {runs, charts, picked, heat: () => heat, marks: () => marks, thinned, averaged};
+window.report = {runs, charts, picked, heat: () => heat, experts: () => loadMap, marks: () => marks, thinned, averaged};
 })();
