@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
+#include <optional>
 
 #include "core/error.h"
 #include "core/telemetry/investigation.h"
@@ -137,10 +138,14 @@ bool Investigation::weight_change() {
   return true;
 }
 
-// What the log's own event says of the copies: the rank whose differs, and the layer.
-void Investigation::blame_mismatch() {
+// What the log's own event at the step says of the copies: the rank whose is wrong, -1 where nobody knows,
+// and the layer. Returns whether there is one.
+bool Investigation::blame_mismatch(std::int64_t step) {
+  bool told = false;
   for (const RunLog::TimedEvent& event : events_) {
-    if (event.event.kind() != EventRecord::HASH_MISMATCH || event.superseded) continue;
+    if (event.event.kind() != EventRecord::HASH_MISMATCH || event.superseded || event.event.step() != step)
+      continue;
+    told = true;
     if (event.event.rank_size() > 0) result_.rank = event.event.rank(0);
     for (const NamedValue& value : event.event.value()) {
       if (value.name() == "rank") result_.rank = static_cast<int>(value.value());
@@ -154,34 +159,45 @@ void Investigation::blame_mismatch() {
         result_.layer_label = element.label.substr(0, element.label.find_first_of("./"));
     }
   }
+  return told;
 }
 
-// Copies are compared now and then: what a check finds happened since the one before.
+// Copies are compared now and then: what a check finds happened since the one before. Of all checks those
+// around the incident count: the last one up to its step, and the next one where that found nothing.
 bool Investigation::replica() {
   const std::vector<double>& mismatches = scalars_.column("replica_mismatches");
   if (mismatches.empty()) {
     result_.missing.push_back("replica_mismatches");
     return false;
   }
+  const std::int64_t step = result_.incident.first_step;
   std::int64_t equal = 0;
+  std::optional<std::size_t> found;  // the first check in a row that differed
   for (std::size_t i = 0; i < mismatches.size(); ++i) {
     if (std::isnan(mismatches[i])) continue;
+    const std::int64_t check = scalars_.steps[i];
     if (mismatches[i] == 0) {
-      equal = scalars_.steps[i];
-      continue;
+      if (check > step) break;
+      equal = check;
+      found.reset();
+    } else if (!found) {
+      found = i;
     }
-    if (result_.incident.first_step <= equal) return false;  // all was well after the incident
-    note("replica mismatches", "", scalars_.steps[i], mismatches[i], 0);
-    blame_mismatch();
-    claim_ = cat("copies of the parameters",
-                 result_.layer_label.empty() ? std::string() : " of " + result_.layer_label,
-                 " differ between ranks: found by the check at step ", scalars_.steps[i],
-                 equal > 0 ? cat(", equal at step ", equal) : std::string(),
-                 result_.rank >= 0 ? cat("; rank ", result_.rank, " is to be suspected") : std::string());
-    blame(Cause::Replica, std::min(result_.incident.first_step, scalars_.steps[i]));
-    return true;
+    if (check >= step) break;
   }
-  return false;
+  if (!found) return false;
+  const std::int64_t check = scalars_.steps[*found];
+  note("replica mismatches", "", check, mismatches[*found], 0);
+  const bool told = blame_mismatch(check);
+  const std::string suspect = result_.rank >= 0 ? cat("; rank ", result_.rank, " is to be suspected")
+                              : told            ? "; which rank's are right is unknown"
+                                                : "";
+  claim_ = cat("copies of the parameters",
+               result_.layer_label.empty() ? std::string() : " of " + result_.layer_label,
+               " differ between ranks: found by the check at step ", check,
+               equal > 0 ? cat(", equal at step ", equal) : std::string(), suspect);
+  blame(Cause::Replica, std::min(step, check));
+  return true;
 }
 
 // Warm-up raises the rate by equal amounts: a jump is also three times the step before it.
