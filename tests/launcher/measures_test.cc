@@ -274,18 +274,58 @@ TEST_P(MeasuresInEveryType, AFlippedBitOfOneCopyIsNamed) {
   }
 }
 
+// Of two copies nobody can tell which is wrong, unless one is at odds with its own master.
+TEST_F(Measures, AFlippedBitOfOneOfTwoCopies) {
+  for (const bool of_owner : {false, true}) {
+    on_ranks(2, measured_run("BF16", "check_every: 1", "batch { sequences: 4 }"),
+             [&](TrainerHarness& harness, const Groups& groups) {
+               EXPECT_EQ(harness->step(false).measures.replica_mismatches, 0);
+               harness->wait_weights();
+               ParameterStore& parameters = harness->parameters();
+               const std::string name = "embedding.weight";
+               const Tensor weight = parameters.weight(parameters.find(name));
+               for (const auto& bucket : parameters.buckets()) {
+                 for (const auto& range : bucket.owned) {
+                   if (groups.world->rank() != 0 || range.parameter != parameters.find(name)) continue;
+                   ASSERT_LT(range.length, weight.elements()) << "the other rank owns a part of it";
+                   const std::int64_t other = range.local_begin == 0 ? weight.elements() - 1 : 0;
+                   const std::int64_t element = of_owner ? range.local_begin : other;
+                   static_cast<char*>(weight.data)[element * size_of(weight.dtype)] ^= 1;
+                 }
+               }
+               const StepMeasures m = harness->step(false).measures;
+               std::vector<ReplicaMismatch> expected = {
+                   {-1, -1, name + ": the copies of rank 0 and rank 1 differ, which is right is unknown"}};
+               if (of_owner) {
+                 expected = {
+                     {0, -1, name + ": on rank 0, its owner, the weights are not the rounded master copy"},
+                     {0, -1,
+                      name + ": the copy of rank 0 differs from that of rank 1 and from its rounded master "
+                             "copy"}};
+               }
+               EXPECT_TRUE(m.mismatches == expected) << (m.mismatches.empty() ? "" : m.mismatches[0].message);
+               EXPECT_EQ(m.replica_mismatches, std::ssize(expected));
+             });
+  }
+}
+
 TEST_F(Measures, AFlippedRouterBiasIsNamed) {
-  on_ranks(2, measured_run("F32", "check_every: 1", "batch { sequences: 4 }"),
-           [&](TrainerHarness& harness, const Groups& groups) {
-             EXPECT_EQ(harness->step(false).measures.replica_mismatches, 0);
-             if (groups.world->rank() == 1) harness->router_biases()[1].ptr<float>()[3] += 1;
-             const StepMeasures m = harness->step(false).measures;
-             ASSERT_EQ(m.mismatches.size(), 1);
-             EXPECT_EQ(m.mismatches[0].layer, 2);
-             EXPECT_EQ(m.mismatches[0].rank, 1);
-             EXPECT_EQ(m.mismatches[0].message,
-                       "layers.2.router_bias: the copy of rank 1 differs from that of rank 0");
-           });
+  for (const int world : {2, 3}) {
+    on_ranks(world, measured_run("F32", "check_every: 1", cat("batch { sequences: ", 2 * world, " }")),
+             [&](TrainerHarness& harness, const Groups& groups) {
+               EXPECT_EQ(harness->step(false).measures.replica_mismatches, 0);
+               if (groups.world->rank() == 1) harness->router_biases()[1].ptr<float>()[3] += 1;
+               const StepMeasures m = harness->step(false).measures;
+               ASSERT_EQ(m.mismatches.size(), 1);
+               EXPECT_EQ(m.mismatches[0].layer, 2);
+               EXPECT_EQ(m.mismatches[0].rank, world == 2 ? -1 : 1);
+               EXPECT_EQ(m.mismatches[0].message,
+                         world == 2
+                             ? "layers.2.router_bias: the copies of rank 0 and rank 1 differ, which is "
+                               "right is unknown"
+                             : "layers.2.router_bias: the copy of rank 1 differs from that of ranks 0 2");
+             });
+  }
 }
 
 TEST_F(Measures, AWrongGradientTableIsNamed) {
