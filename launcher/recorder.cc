@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 #include <glog/logging.h>
+#include <limits>
 
 #include "core/telemetry/log_files.h"
 
@@ -192,10 +193,14 @@ void Recorder::add_measures(const StepResult& result, StepRecord* record) const 
   };
   const auto root = [](double squares, std::size_t) { return std::sqrt(squares); };
   const auto same = [](double value, std::size_t) { return value; };
-  fill(m.param_norm, measured.param_squares, root);
-  fill(m.update_norm, measured.update_squares, root);
+  constexpr double kNotMeasured = std::numeric_limits<double>::quiet_NaN();
+  // A skipped step has no update.
+  const auto of_update = [&](double value) { return result.skipped ? kNotMeasured : value; };
+  const auto root_of_update = [&](double squares, std::size_t) { return of_update(std::sqrt(squares)); };
+  fill(m.param_norm, measured.param_squares, root_of_update);
+  fill(m.update_norm, measured.update_squares, root_of_update);
   fill(m.adam_rms, measured.adam_squares,
-       [&](double squares, std::size_t row) { return std::sqrt(squares / elements_[row]); });
+       [&](double squares, std::size_t row) { return of_update(std::sqrt(squares / elements_[row])); });
   fill(m.grad_absmax, measured.grad_absmax, same);
   const double stream_elements = static_cast<double>(result.tokens) * width_;
   fill(m.resid_rms, measured.resid_squares,
@@ -206,6 +211,8 @@ void Recorder::add_measures(const StepResult& result, StepRecord* record) const 
   fill(m.router_logit_max, measured.router_logit_max, same);
   fill(m.expert_grad_norm, measured.expert_squares, root);
   set(m.logz_mean, measured.lse_mean);
+  const auto experts = metric_values(record, m.expert_grad_norm);
+  std::fill(experts.begin(), experts.end(), static_cast<float>(kNotMeasured));
   set(m.logz_max, measured.lse_max);
   set(m.output_logit_max, measured.output_logit_max);
   set(m.gradient_noise_scale, measured.gradient_noise_scale);

@@ -15,11 +15,12 @@ constexpr double kLearningRateJump = 1.5;
 
 }  // namespace
 
-// A skipped step has no weight norms (0): the step before it tells.
+// A skipped step has no weight norms (NaN, 0 in older logs): the step before it tells.
 bool Investigation::nonfinite_weights() {
   const DenseSeries* weights = window_.find("param_norm");
   if (weights == nullptr) return false;
   for (std::size_t t = at_ > 0 ? at_ - 1 : at_; t <= at_; ++t) {
+    if (scalars_.at("skipped", window_.steps[t]) > 0) continue;
     for (std::size_t i = 0; i < weights->rows[t].size(); ++i) {
       if (std::isfinite(weights->rows[t][i])) continue;
       blame_element(weights->elements[i]);
@@ -103,8 +104,8 @@ bool Investigation::nonfinite() {
 }
 
 // A norm moves by at most the norm of the update. Twice that, for the step at which either is measured, and a
-// thousandth for rounding are allowed; without update norms, a tenth. A norm of 0 was not measured (skipped
-// step).
+// thousandth for rounding are allowed; without update norms, a tenth. A norm of 0 or NaN was not measured
+// (skipped step).
 bool Investigation::weight_change() {
   const DenseSeries *weights = window_.find("param_norm"), *updates = window_.find("update_norm");
   if (weights == nullptr || !dense_here()) return false;
@@ -114,7 +115,8 @@ bool Investigation::weight_change() {
     double before = 0, moved = 0;  // of the newest step measured; updates from it on
     for (std::size_t t = first_index() > 0 ? first_index() - 1 : 0; t <= at_; ++t) {
       const bool measured = !weights->rows[t].empty() && weights->rows[t][i] > 0;
-      if (updates != nullptr && !updates->rows[t].empty()) moved += updates->rows[t][i];
+      const double update = updates != nullptr && !updates->rows[t].empty() ? updates->rows[t][i] : 0;
+      if (!std::isnan(update)) moved += update;
       if (!measured) continue;
       const double now = weights->rows[t][i];
       const double allowed = updates != nullptr ? 2 * moved + 1e-3 * before : 0.1 * before;
@@ -125,7 +127,7 @@ bool Investigation::weight_change() {
         index = t;
       }
       before = now;
-      moved = updates != nullptr && !updates->rows[t].empty() ? updates->rows[t][i] : 0;
+      moved = std::isnan(update) ? 0 : update;
     }
   }
   if (largest == 0) return false;

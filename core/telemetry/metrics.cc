@@ -171,12 +171,12 @@ void TrainingMetrics::add_measures(int gradient, int layer, int moe_layer, int e
     return table.value(name, "", reduction, axes, definition);
   };
   param_norm = value("param_norm", D::SUM, {gradient},
-                     "Euclidean norm of the weights after the update; 0 in a skipped step");
+                     "Euclidean norm of the weights after the update; NaN in a skipped step");
   update_norm = value("update_norm", D::SUM, {gradient},
-                      "Euclidean norm of the change of the weights, decay included; 0 in a skipped step");
+                      "Euclidean norm of the change of the weights, decay included; NaN in a skipped step");
   adam_rms = value("adam_rms", D::SUM, {gradient},
                    "square root of the mean of g^2 / max(v, eps^2), g clipped, v the bias-corrected second "
-                   "moment after the update; 0 in a skipped step");
+                   "moment after the update; NaN in a skipped step");
   grad_absmax = value("grad_absmax", D::MAXIMUM, {gradient},
                       "largest magnitude of a finite gradient element before clipping");
   resid_rms = value("resid_rms", D::SUM, {layer},
@@ -189,7 +189,7 @@ void TrainingMetrics::add_measures(int gradient, int layer, int moe_layer, int e
   router_logit_max = value("router_logit_max", D::MAXIMUM, {moe_layer}, "largest router logit, at least 0");
   expert_grad_norm = value("expert_grad_norm", D::SUM, {moe_layer, expert},
                            "Euclidean norm of the gradient of one expert's three matrices, finite elements "
-                           "only, every telemetry.expert_every steps; all 0 in other steps");
+                           "only, every telemetry.expert_every steps; NaN in other steps");
   logz_mean = table.scalar("logz_mean", "nat", D::MEAN,
                            "log-sum-exp of a predicted token's logits, mean over the predicted tokens");
   logz_max = table.scalar("logz_max", "nat", D::MAXIMUM, "its maximum, at least 0");

@@ -1,5 +1,6 @@
 // What becomes of a step's measures: the log's numbers under their names, the slow rank, where a gradient
 // that is not finite came from.
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <thread>
@@ -109,6 +110,31 @@ TEST_F(Measures, TheLogHoldsThemUnderTheirNames) {
   const MetricAxis& rows = logged.header().axis(logged.definition("layer_grad_norm").axis(0));
   EXPECT_EQ(rows.entry(0).label(), "layer_0.qkv");
   EXPECT_EQ(rows.entry(0).elements(), 16 * (4 + 2 + 2) * 4);
+}
+
+TEST_F(Measures, WhatIsNotMeasuredInAStepIsNoNumber) {
+  TrainerHarness harness(measured_run("F32", "expert_every: 2", kMeasuredBatch), corpus_);
+  StepResult result = harness->step(false);
+  for (const bool skipped : {false, true}) {
+    const std::string run = directory_.file(skipped ? "skipped" : "run");
+    Recorder recorder(run, *harness, {}, 1e9);
+    result.skipped = skipped;
+    recorder.step(result);
+    ASSERT_TRUE(recorder.close().complete());
+    const RunLog log(telemetry_directory(run));
+    const LoggedStep logged(log);
+    const auto missing = [&](const char* name) {
+      const std::vector<double> values = logged.values(name);
+      return std::count_if(values.begin(), values.end(), [](double value) { return std::isnan(value); }) ==
+             std::ssize(values);
+    };
+    EXPECT_TRUE(missing("expert_grad_norm")) << "not due in step 1";
+    for (const char* name : {"param_norm", "update_norm", "adam_rms"}) {
+      EXPECT_EQ(missing(name), skipped) << name;
+    }
+    EXPECT_FALSE(missing("layer_grad_norm"));
+    EXPECT_FALSE(missing("resid_rms"));
+  }
 }
 
 TEST_F(Measures, SwitchedOffTheLogHasNone) {
