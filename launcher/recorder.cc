@@ -134,11 +134,13 @@ void Recorder::step(const StepResult& result) {
   set(m.tokens, static_cast<double>(result.tokens));
   set(m.samples_begin, static_cast<double>(result.samples_begin));
   set(m.samples_end, static_cast<double>(result.samples_end));
+  set(m.batch_hash, result.batch_hash);
   set(m.step_seconds, result.seconds.total);
   set(m.data_seconds, result.seconds.data);
   set(m.forward_seconds, result.seconds.forward);
   set(m.backward_seconds, result.seconds.backward);
   set(m.communication_seconds, result.seconds.communication);
+  set(m.waiting_seconds, result.seconds.waiting);
   set(m.optimizer_seconds, result.seconds.optimizer);
   set(m.tokens_per_second, static_cast<double>(result.tokens) / result.seconds.total);
   set(m.share_of_limit, flops_per_step_ / result.seconds.total / limit_);
@@ -209,10 +211,10 @@ void Recorder::add_measures(const StepResult& result, StepRecord* record) const 
   fill(m.dresid_norm, measured.dresid_squares, root);
   fill(m.attn_logit_max, measured.attn_logit_max, same);
   fill(m.router_logit_max, measured.router_logit_max, same);
-  fill(m.expert_grad_norm, measured.expert_squares, root);
-  set(m.logz_mean, measured.lse_mean);
   const auto experts = metric_values(record, m.expert_grad_norm);
   std::fill(experts.begin(), experts.end(), static_cast<float>(kNotMeasured));
+  fill(m.expert_grad_norm, measured.expert_squares, root);
+  set(m.logz_mean, measured.lse_mean);
   set(m.logz_max, measured.lse_max);
   set(m.output_logit_max, measured.output_logit_max);
   set(m.gradient_noise_scale, measured.gradient_noise_scale);
@@ -227,6 +229,7 @@ void Recorder::add_measures(const StepResult& result, StepRecord* record) const 
   };
   set_spread(m.step_spread, measured.step_seconds);
   set_spread(m.communication_spread, measured.communication_seconds);
+  set_spread(m.waiting_spread, measured.waiting_seconds);
   set_spread(m.compute_spread, measured.compute_seconds);
 }
 
