@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 #include <glog/logging.h>
+#include <limits>
 
 #include "core/telemetry/health.h"
 #include "core/telemetry/log_files.h"
@@ -134,11 +135,13 @@ void Recorder::step(const StepResult& result) {
   set(m.tokens, static_cast<double>(result.tokens));
   set(m.samples_begin, static_cast<double>(result.samples_begin));
   set(m.samples_end, static_cast<double>(result.samples_end));
+  set(m.batch_hash, result.batch_hash);
   set(m.step_seconds, result.seconds.total);
   set(m.data_seconds, result.seconds.data);
   set(m.forward_seconds, result.seconds.forward);
   set(m.backward_seconds, result.seconds.backward);
   set(m.communication_seconds, result.seconds.communication);
+  set(m.waiting_seconds, result.seconds.waiting);
   set(m.optimizer_seconds, result.seconds.optimizer);
   set(m.tokens_per_second, static_cast<double>(result.tokens) / result.seconds.total);
   set(m.share_of_limit, flops_per_step_ / result.seconds.total / limit_);
@@ -193,10 +196,14 @@ void Recorder::add_measures(const StepResult& result, StepRecord* record) const 
   };
   const auto root = [](double squares, std::size_t) { return std::sqrt(squares); };
   const auto same = [](double value, std::size_t) { return value; };
-  fill(m.param_norm, measured.param_squares, root);
-  fill(m.update_norm, measured.update_squares, root);
+  constexpr double kNotMeasured = std::numeric_limits<double>::quiet_NaN();
+  // A skipped step has no update.
+  const auto of_update = [&](double value) { return result.skipped ? kNotMeasured : value; };
+  const auto root_of_update = [&](double squares, std::size_t) { return of_update(std::sqrt(squares)); };
+  fill(m.param_norm, measured.param_squares, root_of_update);
+  fill(m.update_norm, measured.update_squares, root_of_update);
   fill(m.adam_rms, measured.adam_squares,
-       [&](double squares, std::size_t row) { return std::sqrt(squares / elements_[row]); });
+       [&](double squares, std::size_t row) { return of_update(std::sqrt(squares / elements_[row])); });
   fill(m.grad_absmax, measured.grad_absmax, same);
   const double stream_elements = static_cast<double>(result.tokens) * width_;
   fill(m.resid_rms, measured.resid_squares,
@@ -205,6 +212,8 @@ void Recorder::add_measures(const StepResult& result, StepRecord* record) const 
   fill(m.dresid_norm, measured.dresid_squares, root);
   fill(m.attn_logit_max, measured.attn_logit_max, same);
   fill(m.router_logit_max, measured.router_logit_max, same);
+  const auto experts = metric_values(record, m.expert_grad_norm);
+  std::fill(experts.begin(), experts.end(), static_cast<float>(kNotMeasured));
   fill(m.expert_grad_norm, measured.expert_squares, root);
   set(m.logz_mean, measured.lse_mean);
   set(m.logz_max, measured.lse_max);
@@ -221,6 +230,7 @@ void Recorder::add_measures(const StepResult& result, StepRecord* record) const 
   };
   set_spread(m.step_spread, measured.step_seconds);
   set_spread(m.communication_spread, measured.communication_seconds);
+  set_spread(m.waiting_spread, measured.waiting_seconds);
   set_spread(m.compute_spread, measured.compute_seconds);
 }
 

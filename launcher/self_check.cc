@@ -29,32 +29,65 @@ std::string ranks_text(const std::vector<std::int64_t>& ranks) {
   return text;
 }
 
-// hashes: by rank of the group. The most frequent one is taken for right, of several the one of the lowest
-// rank.
-void compare_hashes(const SharedTensor& tensor, const Hashes& hashes,
-                    const std::vector<std::int64_t>& world_ranks, ReplicaReport* report) {
-  std::map<std::int64_t, std::int64_t> frequency;
-  for (const std::int64_t hash : hashes) ++frequency[hash];
-  if (frequency.size() <= 1) return;
-  const std::int64_t usual =
-      *std::max_element(hashes.begin(), hashes.end(),
-                        [&](std::int64_t a, std::int64_t b) { return frequency[a] < frequency[b]; });
-  std::vector<std::int64_t> others, same;
-  for (std::size_t r = 0; r < hashes.size(); ++r) {
-    (hashes[r] == usual ? same : others).push_back(world_ranks[r]);
+// A tensor on each rank of a group.
+struct Copies {
+  std::vector<std::int64_t> ranks;  // of the world
+  Hashes hashes;
+  std::vector<std::int64_t> broken;  // 1: what the rank owns of it is not its master copy
+};
+
+// Who holds the same bits, in the order of their first ranks.
+std::vector<std::vector<std::int64_t>> holders_of(const Copies& copies) {
+  std::map<std::int64_t, std::size_t> place;  // by hash
+  std::vector<std::vector<std::int64_t>> holders;
+  for (std::size_t r = 0; r < copies.ranks.size(); ++r) {
+    const auto [found, is_new] = place.try_emplace(copies.hashes[r], holders.size());
+    if (is_new) holders.emplace_back();
+    holders[found->second].push_back(copies.ranks[r]);
   }
-  report->copies += std::ssize(others);
-  report->mismatches.push_back(
-      {static_cast<int>(others.front()), tensor.layer,
-       cat(tensor.name, ": the copy of ", ranks_text(others), " differs from that of ", ranks_text(same))});
+  return holders;
 }
 
-// Every rank of `group` passes the same tensors; its first rank compares.
+// The most frequent bits are taken for right. Where several are equally frequent, those of a rank that is at
+// odds with its own master copy are wrong; where no rank is, nobody knows.
+void compare_copies(const SharedTensor& tensor, const Copies& copies, ReplicaReport* report) {
+  const std::vector<std::vector<std::int64_t>> holders = holders_of(copies);
+  if (holders.size() <= 1) return;
+  std::size_t most = 0, times = 0;
+  for (const auto& ranks : holders) most = std::max(most, ranks.size());
+  for (const auto& ranks : holders) times += ranks.size() == most;
+  report->copies += std::ssize(copies.ranks) - static_cast<std::int64_t>(most);
+  std::vector<std::int64_t> wrong, right;
+  for (std::size_t r = 0; r < copies.ranks.size(); ++r) {
+    const auto same = std::find_if(holders.begin(), holders.end(), [&](const auto& ranks) {
+      return std::find(ranks.begin(), ranks.end(), copies.ranks[r]) != ranks.end();
+    });
+    const bool is_right = times == 1 ? same->size() == most : copies.broken[r] == 0;
+    (is_right ? right : wrong).push_back(copies.ranks[r]);
+  }
+  if (!wrong.empty() && !right.empty()) {
+    report->mismatches.push_back(
+        {static_cast<int>(wrong.front()), tensor.layer,
+         cat(tensor.name, ": the copy of ", ranks_text(wrong), " differs from that of ", ranks_text(right),
+             times == 1 ? "" : " and from its rounded master copy")});
+    return;
+  }
+  std::string all;
+  for (const auto& ranks : holders) all += cat(all.empty() ? "" : " and ", ranks_text(ranks));
+  report->mismatches.push_back(
+      {-1, tensor.layer, cat(tensor.name, ": the copies of ", all, " differ, which is right is unknown")});
+}
+
+// Every rank of `group` passes the same tensors, and of each whether it is at odds with its master copy; the
+// first rank compares.
 void compare_over(Communicator& group, std::int64_t world_rank, const std::vector<SharedTensor>& tensors,
-                  HostParts& host, ReplicaReport* report) {
+                  const std::vector<bool>& broken, HostParts& host, ReplicaReport* report) {
   if (group.size() == 1 || tensors.empty()) return;
   Hashes own = {world_rank};
-  for (const SharedTensor& shared : tensors) own.push_back(hash_of(shared.tensor, host));
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    own.push_back(hash_of(tensors[i].tensor, host));
+    own.push_back(broken[i] ? 1 : 0);
+  }
   const std::int64_t width = std::ssize(own);
   Hashes all(width * group.size());
   group
@@ -68,15 +101,17 @@ void compare_over(Communicator& group, std::int64_t world_rank, const std::vecto
     return values;
   };
   for (std::int64_t i = 0; i < std::ssize(tensors); ++i) {
-    compare_hashes(tensors[i], of_ranks(i + 1), of_ranks(0), report);
+    compare_copies(tensors[i], {of_ranks(0), of_ranks(2 * i + 1), of_ranks(2 * i + 2)}, report);
   }
 }
 
-// The owned weights of a bucket against its masters in the weights' type.
-void compare_masters(const ParameterStore& parameters, const ParameterStore::Bucket& bucket,
-                     std::int64_t world_rank, const Tensor& rounded, Backend& backend, HostParts& host,
-                     ReplicaReport* report) {
-  if (bucket.master.empty()) return;
+// The owned weights of a bucket against its masters in the weights' type. Returns for each of its parameters
+// whether they differ.
+std::vector<bool> compare_masters(const ParameterStore& parameters, const ParameterStore::Bucket& bucket,
+                                  std::int64_t world_rank, const Tensor& rounded, Backend& backend,
+                                  HostParts& host, ReplicaReport* report) {
+  std::vector<bool> broken(bucket.parameters.size(), false);
+  if (bucket.master.empty()) return broken;
   const Tensor weights = bucket.owned_weight();
   for (const auto& range : bucket.owned) {
     bool equal = true;
@@ -94,7 +129,11 @@ void compare_masters(const ParameterStore& parameters, const ParameterStore::Buc
     report->mismatches.push_back({static_cast<int>(world_rank), spec.layer,
                                   cat(spec.name, ": on rank ", world_rank,
                                       ", its owner, the weights are not the rounded master copy")});
+    for (std::size_t i = 0; i < broken.size(); ++i) {
+      broken[i] = broken[i] || bucket.parameters[i] == range.parameter;
+    }
   }
+  return broken;
 }
 
 // What single ranks found, to all of them: a line each, numbers first.
@@ -146,10 +185,12 @@ ReplicaReport check_replicas(const ParameterStore& parameters, const std::vector
     for (const ParameterStore::Id id : bucket.parameters) {
       tensors.push_back({parameters.spec(id).name, parameters.spec(id).layer, parameters.weight(id)});
     }
-    compare_over(*bucket.replicas, rank, tensors, host, &report);
-    compare_masters(parameters, bucket, rank, rounded, backend, host, &report);
+    const std::vector<bool> broken =
+        compare_masters(parameters, bucket, rank, rounded, backend, host, &report);
+    compare_over(*bucket.replicas, rank, tensors, broken, host, &report);
   }
-  compare_over(*groups.world, rank, on_all_ranks, host, &report);
+  compare_over(*groups.world, rank, on_all_ranks, std::vector<bool>(on_all_ranks.size(), false), host,
+               &report);
   share(*groups.world, &report);
   return report;
 }

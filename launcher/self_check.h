@@ -16,7 +16,7 @@ namespace hybridmoe {
 
 // A tensor that is not the same everywhere.
 struct ReplicaMismatch {
-  int rank = 0;         // the first whose copy differs
+  int rank = 0;         // the first whose copy is wrong; -1: which one is wrong is unknown
   int layer = -1;       // of the tensor; -1: of no layer
   std::string message;  // "layers.1.qkv.weight: the copy of rank 3 differs from that of ranks 0 1 2"
   bool operator==(const ReplicaMismatch&) const = default;

@@ -7,7 +7,7 @@ namespace hybridmoe {
 
 namespace {
 
-// Behind the table of updates in the sums: two numbers a layer, the following ones, then two a rank.
+// Behind the table of updates in the sums: two numbers a layer, the following ones, then three a rank.
 enum LayerSum : int { kResidSquares, kDresidSquares, kLayerSums };
 enum SingleSum : int { kLse, kLocalSquares, kSingleSums };
 enum RankSecond : int { kStepSeconds, kCommunicationSeconds, kWaitingSeconds, kRankSeconds };
@@ -221,6 +221,7 @@ StepMeasures StepMeter::finish(const Tensor& table, double targets, std::int64_t
   sum += kSingleSums;
   const auto of_rank = [&](int rank, RankSecond what) { return sum[rank * kRankSeconds + what]; };
   const int ranks = groups_.world->size();
+  m.waiting_seconds = spread(ranks, [&](int rank) { return of_rank(rank, kWaitingSeconds); });
   m.step_seconds = spread(ranks, [&](int rank) { return of_rank(rank, kStepSeconds); });
   m.communication_seconds = spread(ranks, [&](int rank) { return of_rank(rank, kCommunicationSeconds); });
   m.compute_seconds =

@@ -26,9 +26,9 @@ struct StepSeconds {
   double total = 0, data = 0;
   double forward = 0;        // of all micro-batches, LM head included with both of its passes
   double backward = 0;       // likewise, without the head
-  double communication = 0;  // waiting for gradients, sums and weights
+  double communication = 0;  // waiting for gradients, sums and weights; exchanges within layers are not in it
   double optimizer = 0;
-  double waiting = 0;  // for other ranks, anywhere in the step (seconds_waited): part of all of the above
+  double waiting = 0;  // for other ranks, up to where the ranks' numbers are collected: part of all the above
 };
 
 // A number of each rank.
@@ -51,8 +51,8 @@ struct StepMeasures {
   std::vector<double> router_logit_max;                    // by MoE layer, from 0 on
   double lse_mean = 0, lse_max = 0, output_logit_max = 0;  // of the LM head, unmasked targets
   // Up to where the ranks' numbers are collected, behind the update.
-  RankSpread step_seconds, communication_seconds,
-      compute_seconds;                 // compute: step without StepSeconds::waiting
+  RankSpread step_seconds, communication_seconds, waiting_seconds,
+      compute_seconds;                 // compute: step without waiting
   std::vector<double> expert_squares;  // [MoE layers, experts]; empty in steps that do not measure it
   double gradient_noise_scale = std::numeric_limits<double>::quiet_NaN();  // tokens; NaN: not measured
   std::int64_t replica_mismatches = -1;                                    // -1: not checked

@@ -7,6 +7,7 @@
 #include <numbers>
 #include <utility>
 
+#include "core/files/checksum.h"
 #include "core/schedule.h"
 
 namespace hybridmoe {
@@ -109,6 +110,15 @@ void Trainer::load_samples(std::int64_t first) {
   }
 }
 
+std::uint32_t Trainer::batch_hash() const {
+  Xxh3Stream hash;
+  for (const Mirrored* samples : {&tokens_, &targets_}) {
+    const Tensor host = samples->host();
+    hash.add({static_cast<const char*>(host.data), static_cast<std::size_t>(host.bytes())});
+  }
+  return static_cast<std::uint32_t>(hash.value() & 0xffffff);
+}
+
 MicroBatch Trainer::micro_batch(std::int64_t index) const {
   const std::int64_t begin = index * local_sequences_ * length_, end = begin + local_sequences_ * length_;
   MicroBatch batch;
@@ -140,6 +150,7 @@ StepResult Trainer::step(bool stop) {
   }
   groups_.world->agree(error, "training samples");
   upload_samples();
+  result.batch_hash = batch_hash();
   result.seconds.data = watch.lap();
 
   run_micro_batches(&result);

@@ -48,6 +48,7 @@ struct StepResult {
   bool stop_requested = false;                               // by any rank
   std::int64_t tokens = 0;                                   // of the step, over the world
   std::int64_t samples_begin = 0, samples_end = 0;
+  std::uint32_t batch_hash = 0;      // of this rank's tokens and targets: 24 bits, which a float holds
   StepSeconds seconds;               // of this rank
   std::vector<double> grad_squares;  // by row of parameters().table()
   std::vector<double> nonfinite;     // likewise, counts
@@ -143,6 +144,7 @@ class Trainer {
   std::int32_t* host_targets(std::int64_t at) const { return targets_.host().ptr<std::int32_t>() + at; }
   std::int32_t* host_doc_start(std::int64_t at) const { return doc_start_.host().ptr<std::int32_t>() + at; }
   void upload_samples();
+  std::uint32_t batch_hash() const;
   Tensor gradient_table() const;  // [rows, kGradColumns], the first part of sums_
   Tensor sums_;  // F64, summed over the world once a step: the gradient table, then StepSum, then each MoE
                  // layer's drops

@@ -80,6 +80,8 @@ void Investigation::finish() {
   if (result_.lead == 0) tail += ", the loss at the same step";
   if (result_.lead > 0)
     tail += cat(", ", result_.lead, result_.lead == 1 ? " step" : " steps", " before the loss");
+  if (incident.nonfinite_step > 0)
+    tail += cat("; loss or gradient became non-finite (NaN) at step ", incident.nonfinite_step);
   if (incident.kind == Incident::Kind::NonFinite && scalars_.at("skipped", incident.first_step) > 0)
     tail += "; the update was skipped";
   if (result_.samples_begin >= 0 && result_.cause != Cause::None && result_.cause != Cause::Straggler)

@@ -1,6 +1,8 @@
 #include "core/telemetry/explain.h"
 
+#include <algorithm>
 #include <cmath>
+#include <optional>
 
 #include "core/error.h"
 #include "core/telemetry/rank_log.h"
@@ -10,24 +12,34 @@ namespace hybridmoe {
 namespace {
 
 constexpr std::int64_t kCollapsedSteps = 32;  // in a row that make an incident
+constexpr std::int64_t kRecoveredSteps = 32;  // without a fault, after which it is over
 
-// The first router at fault up to a step: incident.first_step is the step at which the fault can be told.
-bool find_router_incident(const std::string& directory, ReadMode mode, const RunHeader& header,
-                          std::int64_t last_step, Incident* incident) {
+// Of the routers that are at fault at a step, and have not recovered by then, the one that was so first:
+// first_step of the incident is the step at which the fault can be told.
+std::optional<Incident> find_router_incident(const std::string& directory, ReadMode mode,
+                                             const RunHeader& header, std::int64_t last_step) {
   RouterWatch watch(header);
-  bool found = false;
+  std::vector<std::optional<Incident>> faults(watch.layers().size());  // the newest of each layer
   visit_steps(directory, mode, {{0, last_step}}, [&](const RunHeader& own, const StepRecord& step) {
-    if (found || watch.layers().empty()) return;
     watch.add(own, step);
-    for (const RouterWatch::Layer& layer : watch.layers()) {
+    for (std::size_t i = 0; i < faults.size(); ++i) {
+      const RouterWatch::Layer& layer = watch.layers()[i];
       const bool collapsed =
           layer.collapsed_since > 0 && step.step() - layer.collapsed_since + 1 >= kCollapsedSteps;
       if (!collapsed && layer.dead(step.step()).empty()) continue;
-      *incident = Incident{Incident::Kind::Router, step.step(), step.step(), "expert_load"};
-      found = true;
+      if (!faults[i] || faults[i]->last_step < step.step() - kRecoveredSteps) {
+        faults[i] = Incident{Incident::Kind::Router, step.step(), step.step(), "expert_load"};
+        faults[i]->peak = faults[i]->baseline = std::nan("");  // no single number says it
+      }
+      faults[i]->last_step = step.step();
     }
   });
-  return found;
+  std::optional<Incident> first;
+  for (const std::optional<Incident>& fault : faults) {
+    if (!fault || fault->last_step < last_step - kRecoveredSteps) continue;
+    if (!first || fault->first_step < first->first_step) first = fault;
+  }
+  return first;
 }
 
 // The attempt whose steps a merged log has at `step`.
@@ -90,11 +102,18 @@ Explanation explain(const std::string& directory, ReadMode mode, std::int64_t st
   result.olmo2_score = published_score(kOlmo2Score, scalars.column("grad_norm"));
   result.olmo_core_score = published_score(kOlmoCoreScore, scalars.column("grad_norm"));
   Incident incident = choose_incident(result.incidents, scalars, step);
-  // A router at fault is no matter of one step: what came before a spike may be what led to it.
+  // A router at fault is no matter of one step: where it still is when a spike comes, it may have led to it.
   if (step == 0 && incident.kind != Incident::Kind::NonFinite && incident.kind != Incident::Kind::Replica) {
     const bool weak = incident.kind == Incident::Kind::Asked || incident.kind == Incident::Kind::Straggler;
-    find_router_incident(directory, mode, log.newest_header(),
-                         weak ? result.last_step : incident.first_step - 1, &incident);
+    const std::optional<Incident> router = find_router_incident(
+        directory, mode, log.newest_header(), weak ? result.last_step : incident.first_step - 1);
+    if (router) {
+      incident = *router;
+      const auto place =
+          std::upper_bound(result.incidents.begin(), result.incidents.end(), incident,
+                           [](const Incident& a, const Incident& b) { return a.first_step < b.first_step; });
+      result.incidents.insert(place, incident);
+    }
   }
   const RunWindow window = read_window(directory, mode, {attribution_steps(incident)}, attribution_metrics());
   result.attribution = attribute(incident, scalars, window, log.events());

@@ -15,7 +15,7 @@ struct FiniteSteps {
   std::vector<double> values;
 };
 
-// Steps of a column except those where the update was skipped: they are incidents of their own.
+// Values that are not finite are incidents of their own.
 FiniteSteps finite_steps(const ScalarSeries& series, const std::string& name) {
   FiniteSteps result;
   const std::vector<double>& values = series.column(name);
@@ -60,12 +60,18 @@ void add_nonfinite(const ScalarSeries& series, std::vector<Incident>* incidents)
 
 void add_replicas(const ScalarSeries& series, std::vector<Incident>* incidents) {
   const std::vector<double>& mismatches = series.column("replica_mismatches");
+  bool differed = false;  // in the check before
   for (std::size_t i = 0; i < mismatches.size(); ++i) {
-    if (!(mismatches[i] > 0)) continue;
-    Incident incident{Incident::Kind::Replica, series.steps[i], series.steps[i], "replica_mismatches"};
-    incident.peak = mismatches[i];
-    incidents->push_back(incident);
-    return;  // what differs once goes on differing
+    if (std::isnan(mismatches[i])) continue;
+    const bool differs = mismatches[i] > 0;
+    if (differs && !differed) {
+      incidents->push_back({Incident::Kind::Replica, series.steps[i], series.steps[i], "replica_mismatches"});
+    }
+    if (differs) {
+      incidents->back().last_step = series.steps[i];
+      incidents->back().peak = std::max(incidents->back().peak, mismatches[i]);
+    }
+    differed = differs;
   }
 }
 
@@ -96,19 +102,61 @@ void add_stragglers(const ScalarSeries& series, std::vector<Incident>* incidents
   }
 }
 
-// One incident of two that belong together: what is not finite explains a spike, and the earlier sign leads.
+// Of two steps, 0 being none.
+std::int64_t earlier(std::int64_t a, std::int64_t b) { return a == 0 ? b : (b == 0 ? a : std::min(a, b)); }
+
+// One incident of two that belong together; the earlier sign leads.
 void merge(const Incident& other, Incident* into) {
-  if (other.kind == Incident::Kind::NonFinite && into->kind == Incident::Kind::Spike &&
-      other.first_step <= into->first_step) {
-    into->kind = other.kind;
-    into->metric = other.metric;
-  }
-  const auto earlier = [](std::int64_t a, std::int64_t b) {
-    return a == 0 ? b : (b == 0 ? a : std::min(a, b));
-  };
+  if (other.metric == into->metric) into->peak = std::max(into->peak, other.peak);
   into->last_step = std::max(into->last_step, other.last_step);
   into->norm_step = earlier(into->norm_step, other.norm_step);
   into->loss_step = earlier(into->loss_step, other.loss_step);
+}
+
+bool follows(const Incident& other, const Incident& earlier_one) {
+  return other.first_step >= earlier_one.first_step &&
+         other.first_step <= earlier_one.last_step + kSameIncident;
+}
+
+void sort_by_step(std::vector<Incident>* incidents) {
+  std::stable_sort(incidents->begin(), incidents->end(),
+                   [](const Incident& a, const Incident& b) { return a.first_step < b.first_step; });
+}
+
+// Incidents of one kind: those close to each other become one.
+std::vector<Incident> joined_parts(std::vector<Incident> parts) {
+  sort_by_step(&parts);
+  std::vector<Incident> result;
+  for (const Incident& part : parts) {
+    if (!result.empty() && follows(part, result.back())) {
+      merge(part, &result.back());
+    } else {
+      result.push_back(part);
+    }
+  }
+  return result;
+}
+
+// What is not finite explains the spikes behind it. What became so behind a spike remains an incident of its
+// own, which is worse than the spike; the spike, which came first, knows of it.
+void join_spikes(std::vector<Incident> spikes, std::vector<Incident>* nonfinite) {
+  std::vector<Incident> own;
+  for (Incident& spike : spikes) {
+    const auto cause = std::find_if(nonfinite->begin(), nonfinite->end(),
+                                    [&](const Incident& other) { return follows(spike, other); });
+    if (cause != nonfinite->end()) {
+      merge(spike, &*cause);
+      continue;
+    }
+    const auto end = std::find_if(nonfinite->begin(), nonfinite->end(),
+                                  [&](const Incident& other) { return follows(other, spike); });
+    if (end != nonfinite->end()) {
+      spike.nonfinite_step = end->first_step;
+      spike.loss_step = earlier(spike.loss_step, end->loss_step);
+    }
+    own.push_back(spike);
+  }
+  nonfinite->insert(nonfinite->end(), own.begin(), own.end());
 }
 
 }  // namespace
@@ -175,25 +223,16 @@ std::string straggler_metric(const ScalarSeries& series) {
 }
 
 std::vector<Incident> find_incidents(const ScalarSeries& series) {
-  std::vector<Incident> found;
-  add_nonfinite(series, &found);
-  add_spikes(series, "grad_norm", &found);
-  add_spikes(series, "loss", &found);
-  std::stable_sort(found.begin(), found.end(),
-                   [](const Incident& a, const Incident& b) { return a.first_step < b.first_step; });
-  std::vector<Incident> merged;
-  for (const Incident& incident : found) {
-    if (!merged.empty() && incident.first_step <= merged.back().last_step + kSameIncident) {
-      merge(incident, &merged.back());
-    } else {
-      merged.push_back(incident);
-    }
-  }
-  add_replicas(series, &merged);
-  add_stragglers(series, &merged);
-  std::stable_sort(merged.begin(), merged.end(),
-                   [](const Incident& a, const Incident& b) { return a.first_step < b.first_step; });
-  return merged;
+  std::vector<Incident> nonfinite, spikes;
+  add_nonfinite(series, &nonfinite);
+  add_spikes(series, "grad_norm", &spikes);
+  add_spikes(series, "loss", &spikes);
+  std::vector<Incident> found = joined_parts(std::move(nonfinite));
+  join_spikes(joined_parts(std::move(spikes)), &found);
+  add_replicas(series, &found);
+  add_stragglers(series, &found);
+  sort_by_step(&found);
+  return found;
 }
 
 Incident choose_incident(const std::vector<Incident>& incidents, const ScalarSeries& series,

@@ -38,9 +38,11 @@ struct Incident {
   };
   Kind kind = Kind::Spike;
   std::int64_t first_step = 0, last_step = 0;
-  std::string metric;             // that showed it first: "grad_norm", "loss", "skipped", ...
-  std::int64_t norm_step = 0;     // first flagged step of the gradient norm; 0: none
-  std::int64_t loss_step = 0;     // of the loss; 0: none
+  std::string metric;          // that showed it first: "grad_norm", "loss", "skipped", ...
+  std::int64_t norm_step = 0;  // first flagged step of the gradient norm; 0: none
+  std::int64_t loss_step = 0;  // of the loss; 0: none
+  std::int64_t nonfinite_step =
+      0;  // of a spike: first step behind it that was not finite, an incident of its own; 0: none
   double peak = 0, baseline = 0;  // of `metric`, in its unit
 };
 const char* name_of(Incident::Kind kind);
@@ -55,7 +57,8 @@ inline constexpr int kStragglerSteps = 9;
 std::string straggler_metric(const ScalarSeries& series);
 
 // In ascending order of their first step. Episodes of norm and loss that overlap or lie at most 32 steps
-// apart are one incident.
+// apart are one incident, as are steps that are not finite, with the spikes behind them; those behind a spike
+// are an incident of their own. Checks in a row that find copies differing are one incident.
 std::vector<Incident> find_incidents(const ScalarSeries& series);
 // The one that a question about a step means: that which contains it, else the nearest within 32 steps; else
 // one of kind Asked. Step 0: the first incident that is no straggler, else the slowest straggler, else Asked

@@ -104,7 +104,7 @@ class Investigation {
     return result_.evidence.empty() ? nullptr : &result_.evidence.back();
   }
   std::string nonfinite_kind(int layer) const;
-  void blame_mismatch();
+  bool blame_mismatch(std::int64_t step);
 
   const ScalarSeries& scalars_;
   const RunWindow& window_;

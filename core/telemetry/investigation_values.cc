@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
+#include <optional>
 
 #include "core/error.h"
 #include "core/telemetry/investigation.h"
@@ -14,11 +15,12 @@ constexpr double kLearningRateJump = 1.5;
 
 }  // namespace
 
-// A skipped step has no weight norms (0): the step before it tells.
+// A skipped step has no weight norms (NaN, 0 in older logs): the step before it tells.
 bool Investigation::nonfinite_weights() {
   const DenseSeries* weights = window_.find("param_norm");
   if (weights == nullptr) return false;
   for (std::size_t t = at_ > 0 ? at_ - 1 : at_; t <= at_; ++t) {
+    if (scalars_.at("skipped", window_.steps[t]) > 0) continue;
     for (std::size_t i = 0; i < weights->rows[t].size(); ++i) {
       if (std::isfinite(weights->rows[t][i])) continue;
       blame_element(weights->elements[i]);
@@ -102,8 +104,8 @@ bool Investigation::nonfinite() {
 }
 
 // A norm moves by at most the norm of the update. Twice that, for the step at which either is measured, and a
-// thousandth for rounding are allowed; without update norms, a tenth. A norm of 0 was not measured (skipped
-// step).
+// thousandth for rounding are allowed; without update norms, a tenth. A norm of 0 or NaN was not measured
+// (skipped step).
 bool Investigation::weight_change() {
   const DenseSeries *weights = window_.find("param_norm"), *updates = window_.find("update_norm");
   if (weights == nullptr || !dense_here()) return false;
@@ -113,7 +115,8 @@ bool Investigation::weight_change() {
     double before = 0, moved = 0;  // of the newest step measured; updates from it on
     for (std::size_t t = first_index() > 0 ? first_index() - 1 : 0; t <= at_; ++t) {
       const bool measured = !weights->rows[t].empty() && weights->rows[t][i] > 0;
-      if (updates != nullptr && !updates->rows[t].empty()) moved += updates->rows[t][i];
+      const double update = updates != nullptr && !updates->rows[t].empty() ? updates->rows[t][i] : 0;
+      if (!std::isnan(update)) moved += update;
       if (!measured) continue;
       const double now = weights->rows[t][i];
       const double allowed = updates != nullptr ? 2 * moved + 1e-3 * before : 0.1 * before;
@@ -124,7 +127,7 @@ bool Investigation::weight_change() {
         index = t;
       }
       before = now;
-      moved = updates != nullptr && !updates->rows[t].empty() ? updates->rows[t][i] : 0;
+      moved = std::isnan(update) ? 0 : update;
     }
   }
   if (largest == 0) return false;
@@ -137,10 +140,14 @@ bool Investigation::weight_change() {
   return true;
 }
 
-// What the log's own event says of the copies: the rank whose differs, and the layer.
-void Investigation::blame_mismatch() {
+// What the log's own event at the step says of the copies: the rank whose is wrong, -1 where nobody knows,
+// and the layer. Returns whether there is one.
+bool Investigation::blame_mismatch(std::int64_t step) {
+  bool told = false;
   for (const RunLog::TimedEvent& event : events_) {
-    if (event.event.kind() != EventRecord::HASH_MISMATCH || event.superseded) continue;
+    if (event.event.kind() != EventRecord::HASH_MISMATCH || event.superseded || event.event.step() != step)
+      continue;
+    told = true;
     if (event.event.rank_size() > 0) result_.rank = event.event.rank(0);
     for (const NamedValue& value : event.event.value()) {
       if (value.name() == "rank") result_.rank = static_cast<int>(value.value());
@@ -154,34 +161,45 @@ void Investigation::blame_mismatch() {
         result_.layer_label = element.label.substr(0, element.label.find_first_of("./"));
     }
   }
+  return told;
 }
 
-// Copies are compared now and then: what a check finds happened since the one before.
+// Copies are compared now and then: what a check finds happened since the one before. Of all checks those
+// around the incident count: the last one up to its step, and the next one where that found nothing.
 bool Investigation::replica() {
   const std::vector<double>& mismatches = scalars_.column("replica_mismatches");
   if (mismatches.empty()) {
     result_.missing.push_back("replica_mismatches");
     return false;
   }
+  const std::int64_t step = result_.incident.first_step;
   std::int64_t equal = 0;
+  std::optional<std::size_t> found;  // the first check in a row that differed
   for (std::size_t i = 0; i < mismatches.size(); ++i) {
     if (std::isnan(mismatches[i])) continue;
+    const std::int64_t check = scalars_.steps[i];
     if (mismatches[i] == 0) {
-      equal = scalars_.steps[i];
-      continue;
+      if (check > step) break;
+      equal = check;
+      found.reset();
+    } else if (!found) {
+      found = i;
     }
-    if (result_.incident.first_step <= equal) return false;  // all was well after the incident
-    note("replica mismatches", "", scalars_.steps[i], mismatches[i], 0);
-    blame_mismatch();
-    claim_ = cat("copies of the parameters",
-                 result_.layer_label.empty() ? std::string() : " of " + result_.layer_label,
-                 " differ between ranks: found by the check at step ", scalars_.steps[i],
-                 equal > 0 ? cat(", equal at step ", equal) : std::string(),
-                 result_.rank >= 0 ? cat("; rank ", result_.rank, " is to be suspected") : std::string());
-    blame(Cause::Replica, std::min(result_.incident.first_step, scalars_.steps[i]));
-    return true;
+    if (check >= step) break;
   }
-  return false;
+  if (!found) return false;
+  const std::int64_t check = scalars_.steps[*found];
+  note("replica mismatches", "", check, mismatches[*found], 0);
+  const bool told = blame_mismatch(check);
+  const std::string suspect = result_.rank >= 0 ? cat("; rank ", result_.rank, " is to be suspected")
+                              : told            ? "; which rank's are right is unknown"
+                                                : "";
+  claim_ = cat("copies of the parameters",
+               result_.layer_label.empty() ? std::string() : " of " + result_.layer_label,
+               " differ between ranks: found by the check at step ", check,
+               equal > 0 ? cat(", equal at step ", equal) : std::string(), suspect);
+  blame(Cause::Replica, std::min(step, check));
+  return true;
 }
 
 // Warm-up raises the rate by equal amounts: a jump is also three times the step before it.

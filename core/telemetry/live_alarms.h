@@ -3,7 +3,8 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
+#include <deque>
+#include <map>
 #include <vector>
 
 #include "core/telemetry/incidents.h"
@@ -23,8 +24,8 @@ class LiveAlarms {
   };
 
   // Events that begin at this step: SPIKE (values `value`, `usual`, `score`), STRAGGLER (value `ratio`;
-  // rank). Steps come in ascending order. A slow rank is named again after 256 steps at the earliest, another
-  // one at once.
+  // rank: that which was the slowest in most of the slow steps). Steps come in ascending order. A slow rank
+  // is named again after 256 steps at the earliest, another one at once.
   std::vector<EventRecord> add(const Step& step);
 
  private:
@@ -32,11 +33,14 @@ class LiveAlarms {
   // Whose median counts: shorter waits, which hybridmoe-log finds, are no reason to interrupt anybody.
   static constexpr std::size_t kSteps = 65;
 
+  int most_often_slow() const;  // while a slow step is among the last kSteps
+
   SpikeDetector norm_{SpikeDetector::Kind::Norm}, loss_{SpikeDetector::Kind::Loss};
-  RollingMedian ratios_{kSteps};
-  bool slow_ = false;
-  int slow_rank_ = -1;
-  std::int64_t slow_step_ = std::numeric_limits<std::int64_t>::min() / 2;
+  RollingMedian ratios_{kSteps}, seconds_{kSteps};  // slowest / fastest rank; of the slowest
+  std::deque<int> ranks_;              // the slowest of a slow step, -1 of another; the last kSteps
+  bool told_ = false;                  // of the ranks that are slow now
+  int slow_rank_ = -1;                 // named last
+  std::map<int, std::int64_t> named_;  // when, by rank
 };
 
 }  // namespace hybridmoe

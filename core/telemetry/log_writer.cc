@@ -65,14 +65,15 @@ std::string CloseReport::str() const {
 class LogWriter::Thread {
  public:
   Thread(const std::string& directory, RunHeader header, const LogOptions& options);
-  ~Thread() { close(); }
+  ~Thread() { end(false); }
 
   void push(Record&& record);
-  CloseReport close();
+  CloseReport close() { return end(true); }
   const RunHeader& header() const { return header_; }
   std::string first_segment_path() const { return log_segment_path(directory_, header_.attempt(), 0); }
 
  private:
+  CloseReport end(bool in_order);
   void run();
   void handle(const Record& record);
   bool write(const Record& record);
@@ -99,7 +100,7 @@ class LogWriter::Thread {
   std::deque<Record> queue_;
   std::int64_t pending_steps_ = 0;
   LostRecords lost_, recorded_lost_;  // so far; as last written into the log
-  bool closing_ = false;
+  bool closing_ = false, in_order_ = false;
   std::thread thread_;
 };
 
@@ -296,7 +297,7 @@ void LogWriter::Thread::finish() {
   }
   record_losses();
   try {
-    segment_->finish(lost_, true);
+    segment_->finish(lost_, in_order_);
   } catch (const Error& error) {
     failed(error.what());
   }
@@ -305,9 +306,10 @@ void LogWriter::Thread::finish() {
   report_.lost = lost_;
 }
 
-CloseReport LogWriter::Thread::close() {
+CloseReport LogWriter::Thread::end(bool in_order) {
   {
     const std::lock_guard lock(mutex_);
+    if (!closing_) in_order_ = in_order;
     closing_ = true;
   }
   changed_.notify_one();

@@ -36,7 +36,9 @@ class LogWriter {
   // format version, attempt, segment, and where it has none run id and wall time are filled in. A run id is
   // taken over from earlier attempts. Throws Error when the file cannot be written.
   LogWriter(const std::string& directory, RunHeader header, const LogOptions& options);
-  ~LogWriter();  // closes
+  // Writes and ends what close() would, but the log does not say that the attempt ended in order: an error
+  // ends it.
+  ~LogWriter();
   LogWriter(const LogWriter&) = delete;
   LogWriter& operator=(const LogWriter&) = delete;
 
@@ -45,8 +47,8 @@ class LogWriter {
   void event(EventRecord&& record);
   void rank_sample(RankSample&& record);
 
-  // Writes everything that is pending, ends the segment and makes it durable. Nothing may be added
-  // afterwards; a second call gives the same report.
+  // The attempt ends in order: writes everything that is pending, ends the segment and makes it durable.
+  // Nothing may be added afterwards; a second call gives the same report.
   CloseReport close();
 
   const RunHeader& header() const;   // as written into the first segment

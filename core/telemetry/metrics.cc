@@ -69,6 +69,10 @@ StepRecord MetricTable::make_step(std::int64_t step) const {
 
 namespace {
 
+constexpr char kCommunication[] =
+    "waiting for gradients, sums and weights; exchanges within layers are forward and backward";
+constexpr char kWaiting[] = "waiting for other ranks, anywhere in the step, within layers too";
+
 MetricAxis::Entry entry(const std::string& label, int layer, const std::string& kind = "") {
   MetricAxis::Entry result;
   result.set_label(label);
@@ -121,7 +125,7 @@ std::vector<MetricAxis::Entry> expert_entries(const ModelRows& rows) {
 TrainingMetrics::TrainingMetrics(const ModelRows& rows) : measures(rows.measures) {
   using D = MetricDefinition;
   const auto scalar = [this](const char* name, const char* unit, MetricTable::Reduction reduction,
-                             const char* definition) {
+                             const std::string& definition) {
     return table.scalar(name, unit, reduction, definition);
   };
   loss = scalar("loss", "nat/token", D::SUM, "mean over the global batch: cross-entropy + auxiliary losses");
@@ -135,12 +139,15 @@ TrainingMetrics::TrainingMetrics(const ModelRows& rows) : measures(rows.measures
   tokens = scalar("tokens", "token", D::SUM, "tokens of the global batch");
   samples_begin = scalar("samples_begin", "sample", D::SAME, "first sample of the batch");
   samples_end = scalar("samples_end", "sample", D::SAME, "one past the last sample of the batch");
+  batch_hash = scalar("batch_hash", "", D::FIRST,
+                      "lowest 24 bits of the XXH3 of rank 0's tokens and targets: another one is other data");
   step_seconds = scalar("step_seconds", "s", D::FIRST, "wall time of the whole step");
   data_seconds = scalar("data_seconds", "s", D::FIRST, "waiting for the batch");
   forward_seconds = scalar("forward_seconds", "s", D::FIRST, "forward passes");
   backward_seconds = scalar("backward_seconds", "s", D::FIRST, "backward passes");
-  communication_seconds = scalar("communication_seconds", "s", D::FIRST, "waiting for collectives");
+  communication_seconds = scalar("communication_seconds", "s", D::FIRST, kCommunication);
   optimizer_seconds = scalar("optimizer_seconds", "s", D::FIRST, "gradient table, clipping and update");
+  waiting_seconds = scalar("waiting_seconds", "s", D::FIRST, cat(kWaiting, ", up to the update"));
   tokens_per_second = scalar("tokens_per_second", "token/s", D::FIRST, "tokens / step_seconds");
   share_of_limit =
       scalar("share_of_limit", "", D::FIRST, "model FLOP/s over the measured matrix-product limit");
@@ -171,12 +178,12 @@ void TrainingMetrics::add_measures(int gradient, int layer, int moe_layer, int e
     return table.value(name, "", reduction, axes, definition);
   };
   param_norm = value("param_norm", D::SUM, {gradient},
-                     "Euclidean norm of the weights after the update; 0 in a skipped step");
+                     "Euclidean norm of the weights after the update; NaN in a skipped step");
   update_norm = value("update_norm", D::SUM, {gradient},
-                      "Euclidean norm of the change of the weights, decay included; 0 in a skipped step");
+                      "Euclidean norm of the change of the weights, decay included; NaN in a skipped step");
   adam_rms = value("adam_rms", D::SUM, {gradient},
                    "square root of the mean of g^2 / max(v, eps^2), g clipped, v the bias-corrected second "
-                   "moment after the update; 0 in a skipped step");
+                   "moment after the update; NaN in a skipped step");
   grad_absmax = value("grad_absmax", D::MAXIMUM, {gradient},
                       "largest magnitude of a finite gradient element before clipping");
   resid_rms = value("resid_rms", D::SUM, {layer},
@@ -189,7 +196,7 @@ void TrainingMetrics::add_measures(int gradient, int layer, int moe_layer, int e
   router_logit_max = value("router_logit_max", D::MAXIMUM, {moe_layer}, "largest router logit, at least 0");
   expert_grad_norm = value("expert_grad_norm", D::SUM, {moe_layer, expert},
                            "Euclidean norm of the gradient of one expert's three matrices, finite elements "
-                           "only, every telemetry.expert_every steps; all 0 in other steps");
+                           "only, every telemetry.expert_every steps; NaN in other steps");
   logz_mean = table.scalar("logz_mean", "nat", D::MEAN,
                            "log-sum-exp of a predicted token's logits, mean over the predicted tokens");
   logz_max = table.scalar("logz_max", "nat", D::MAXIMUM, "its maximum, at least 0");
@@ -205,7 +212,8 @@ void TrainingMetrics::add_measures(int gradient, int layer, int moe_layer, int e
       "copies of a tensor whose bits are not those of the other ranks, or of the rounded master, every "
       "telemetry.check_every steps; NaN elsewhere");
   step_spread = add_spread("step_seconds", "wall time of a step up to the exchange of these numbers");
-  communication_spread = add_spread("communication_seconds", "waiting for collectives up to there");
+  communication_spread = add_spread("communication_seconds", cat(kCommunication, ", up to there"));
+  waiting_spread = add_spread("waiting_seconds", cat(kWaiting, ", up to there"));
   compute_spread = add_spread(
       "compute_seconds",
       "step_seconds without waiting for other ranks, anywhere in the step: a slow rank has the most of it");

@@ -87,9 +87,9 @@ struct TrainingMetrics {
   // Scalars.
   Metric loss, cross_entropy, balance_loss, z_loss;  // nat/token; loss is the sum of the other three
   Metric learning_rate, grad_norm, clip_factor, skipped;
-  Metric tokens, samples_begin, samples_end;
+  Metric tokens, samples_begin, samples_end, batch_hash;
   Metric step_seconds, data_seconds, forward_seconds, backward_seconds, communication_seconds,
-      optimizer_seconds;
+      optimizer_seconds, waiting_seconds;
   Metric tokens_per_second, share_of_limit;
 
   // Dense.
@@ -110,7 +110,7 @@ struct TrainingMetrics {
   struct RankSpread {
     Metric min, mean, max, max_rank;
   };
-  RankSpread step_spread, communication_spread, compute_spread;
+  RankSpread step_spread, communication_spread, waiting_spread, compute_spread;
 
  private:
   void add_measures(int gradient, int layer, int moe_layer, int expert);

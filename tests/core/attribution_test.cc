@@ -132,7 +132,7 @@ TEST_F(AttributionTest, TheBackwardPassTellsWhereNaNBegan) {
     for (int row = 0; row <= SyntheticRun::row(3, SyntheticRun::kAttnOut); ++row)
       metric_counts(record, run_.nonfinite)[row] = 17;
     for (const Metric& metric : {run_.param_norm, run_.update_norm, run_.adam_rms}) {
-      for (float& value : metric_values(record, metric)) value = 0;  // not measured in a skipped step
+      for (float& value : metric_values(record, metric)) value = NAN;  // not measured in a skipped step
     }
   }));
   EXPECT_EQ(result.cause, Cause::NonFinite);
@@ -142,16 +142,36 @@ TEST_F(AttributionTest, TheBackwardPassTellsWhereNaNBegan) {
 }
 
 TEST_F(AttributionTest, ASkippedStepIsNoChangeOfWeights) {
+  for (const float not_measured : {NAN, 0.0f}) {  // 0: in older logs
+    TemporaryDirectory directory;
+    run_.write(directory.path(), 450, [&](StepRecord* record) {
+      if (record->step() == kFault - 3) {
+        for (const Metric& metric : {run_.param_norm, run_.update_norm, run_.adam_rms}) {
+          for (float& value : metric_values(record, metric)) value = not_measured;
+        }
+      }
+      if (record->step() == kFault) run_.blow_up(record, 4, 6);
+    });
+    const Attribution result = explain(directory.path(), ReadMode::Strict, 0).attribution;
+    EXPECT_EQ(result.cause, Cause::Layer);
+    EXPECT_EQ(result.layer, 4);
+  }
+}
+
+// ... and hides none.
+TEST_F(AttributionTest, AChangeOfWeightsBehindASkippedStep) {
   const Attribution result = explained([this](StepRecord* record) {
-    if (record->step() == kFault - 3) {
+    if (record->step() == kFault - 1) {
       for (const Metric& metric : {run_.param_norm, run_.update_norm, run_.adam_rms}) {
-        for (float& value : metric_values(record, metric)) value = 0;
+        for (float& value : metric_values(record, metric)) value = NAN;
       }
     }
-    if (record->step() == kFault) run_.blow_up(record, 4, 6);
+    if (record->step() < kFault) return;
+    metric_values(record, run_.param_norm)[SyntheticRun::row(1, SyntheticRun::kUp)] *= 10;
+    if (record->step() < kFault + 4) run_.blow_up(record, 1, 5);
   });
-  EXPECT_EQ(result.cause, Cause::Layer);
-  EXPECT_EQ(result.layer, 4);
+  EXPECT_EQ(result.cause, Cause::WeightChange);
+  EXPECT_EQ(result.layer, 1);
 }
 
 TEST_F(AttributionTest, TheHeadAndTheFirstBlock) {

@@ -42,9 +42,11 @@ TEST_F(HealthTest, AHealthyRunIsOk) {
 
 TEST_F(HealthTest, NonFiniteAndReplicasFail) {
   EXPECT_EQ(names(checked([this](StepRecord* r) {
-              if (r->step() != 600) return;  // the newest: its norms are 0
+              if (r->step() != 600) return;  // the newest: its norms are not measured
               set_metric(r, run_.skipped, 1);
-              for (float& norm : metric_values(r, run_.param_norm)) norm = 0;
+              for (const Metric& metric : {run_.param_norm, run_.update_norm, run_.adam_rms}) {
+                for (float& norm : metric_values(r, metric)) norm = NAN;
+              }
             })),
             Names{"fail nonfinite "});
   EXPECT_EQ(names(checked([this](StepRecord* r) {

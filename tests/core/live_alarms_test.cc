@@ -56,5 +56,49 @@ TEST(LiveAlarms, ASlowRankIsNamedAndNotAgainAtOnce) {
   EXPECT_EQ(named, (Named{{133, 3}, {453, 3}, {633, 1}}));
 }
 
+// A rank is named because it was slow in most of the window, not in the step in which the median crossed the
+// limit; and so is one that takes over from another without a calm step between.
+TEST(LiveAlarms, TheSlowRankIsThatOfTheWindow) {
+  LiveAlarms alarms;
+  std::vector<std::pair<std::int64_t, int>> named;
+  for (std::int64_t step = 1; step <= 600; ++step) {
+    LiveAlarms::Step it = calm_step(step);
+    if (step > 100) {
+      it.slowest_seconds = 0.2;
+      it.slowest_rank = step >= 131 && step <= 135 ? 0 : step <= 200 ? 3 : 1;
+    }
+    for (const EventRecord& event : alarms.add(it)) named.emplace_back(event.step(), event.rank(0));
+  }
+  using Named = std::vector<std::pair<std::int64_t, int>>;
+  EXPECT_EQ(named, (Named{{133, 3}, {233, 1}}));
+}
+
+// Slow again too soon to be named, it is when it still is slow after the silence.
+TEST(LiveAlarms, ASlowRankIsNamedAgainAfterTheSilence) {
+  LiveAlarms alarms;
+  std::vector<std::int64_t> named;
+  for (std::int64_t step = 1; step <= 600; ++step) {
+    LiveAlarms::Step it = calm_step(step);
+    if ((step > 100 && step <= 200) || step > 300) {
+      it.slowest_seconds = 0.2;
+      it.slowest_rank = 3;
+    }
+    for (const EventRecord& event : alarms.add(it)) named.push_back(event.step());
+  }
+  EXPECT_EQ(named, (std::vector<std::int64_t>{133, 389}));
+}
+
+TEST(LiveAlarms, RanksThatAreSlowInTurnsAreNotNamedAllTheTime) {
+  LiveAlarms alarms;
+  int named = 0;
+  for (std::int64_t step = 1; step <= 300; ++step) {
+    LiveAlarms::Step it = calm_step(step);
+    it.slowest_seconds = 0.2;
+    it.slowest_rank = static_cast<int>(step % 2);
+    named += static_cast<int>(alarms.add(it).size());
+  }
+  EXPECT_LE(named, 2);
+}
+
 }  // namespace
 }  // namespace hybridmoe

@@ -8,7 +8,9 @@
 #include "core/error.h"
 #include "core/files/record_file.h"
 #include "core/telemetry/log_files.h"
+#include "core/telemetry/log_verify.h"
 #include "core/telemetry/metrics.h"
+#include "core/telemetry/run_log.h"
 #include "tests/small_disk.h"
 #include "tests/small_log.h"
 #include "tests/temporary_directory.h"
@@ -86,6 +88,27 @@ TEST(LogWriter, WritesHeaderStepsEventsAndEnd) {
   ASSERT_EQ(index.size(), 3u);
   EXPECT_EQ(index[0].SerializeAsString(), records[0].SerializeAsString());
   EXPECT_EQ(index[2].SerializeAsString(), records[12].SerializeAsString());
+}
+
+// An error that unwinds the stack ends the log whole, but not in order.
+TEST(LogWriter, OnlyClosedItHasEndedInOrder) {
+  const TemporaryDirectory directory;
+  const TrainingMetrics metrics(small_model());
+  for (const bool closed : {false, true}) {
+    {
+      LogWriter log(directory.path(), header_of(metrics), {});
+      log.step(step_of(metrics, 1));
+      if (closed) log.close();
+    }
+    const RunLog log(directory.path());
+    EXPECT_EQ(log.attempts().back().finished, closed);
+    const int attempt = log.attempts().back().header.attempt();
+    const std::vector<Record> records = read_records(log_segment_path(directory.path(), attempt, 0));
+    ASSERT_TRUE(records.back().has_segment_end());
+    EXPECT_EQ(records.back().segment_end().step_size(), 1);
+    EXPECT_EQ(read_records(log_index_path(log_segment_path(directory.path(), attempt, 0))).size(), 2u);
+  }
+  EXPECT_EQ(verify_log(directory.path()).problems.size(), 0u);
 }
 
 TEST(LogWriter, NextAttemptTakesOverTheRunId) {

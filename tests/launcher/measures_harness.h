@@ -33,12 +33,16 @@ class Measures : public ::testing::Test {
   Measures()
       : corpus_(write_documents(directory_.file("corpus"), random_documents(300, 9, kMeasuredVocabulary),
                                 kMeasuredVocabulary)) {}
+  using Body = std::function<void(TrainerHarness&, const Groups&)>;
   // One step or more on threads; `body` gets this rank's trainer and groups.
-  void on_ranks(int world, const std::string& config,
-                const std::function<void(TrainerHarness&, const Groups&)>& body,
+  void on_ranks(int world, const std::string& config, const Body& body,
                 const std::function<Substitutes(int rank)>& substitutes = {}) {
-    run_ranks(world, [&](ThreadWorld::Rank& rank) {
-      const MeshCommunicators communicators(Mesh({.world = world}), rank.world(), rank.make_groups());
+    on_layout({.world = world}, config, body, substitutes);
+  }
+  void on_layout(const Layout& layout, const std::string& config, const Body& body,
+                 const std::function<Substitutes(int rank)>& substitutes = {}) {
+    run_ranks(layout.world, [&](ThreadWorld::Rank& rank) {
+      const MeshCommunicators communicators(Mesh(layout), rank.world(), rank.make_groups());
       const Groups groups = communicators.groups();
       TrainerHarness harness(config, corpus_, &groups,
                              substitutes ? substitutes(groups.world->rank()) : Substitutes{});

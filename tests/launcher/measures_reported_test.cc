@@ -1,5 +1,6 @@
 // What becomes of a step's measures: the log's numbers under their names, the slow rank, where a gradient
 // that is not finite came from.
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <thread>
@@ -102,6 +103,9 @@ TEST_F(Measures, TheLogHoldsThemUnderTheirNames) {
   EXPECT_EQ(logged.scalar("communication_seconds_min"), m.communication_seconds.min);
   EXPECT_EQ(logged.scalar("compute_seconds_mean"), m.compute_seconds.mean);
   EXPECT_EQ(logged.scalar("step_seconds_max_rank"), 0);
+  EXPECT_EQ(logged.scalar("waiting_seconds_max"), m.waiting_seconds.max);
+  EXPECT_EQ(logged.scalar("waiting_seconds"), result.seconds.waiting);
+  EXPECT_EQ(logged.scalar("batch_hash"), result.batch_hash);
   EXPECT_EQ(logged.label("resid_rms", 0, 2), "layer_2");
   EXPECT_EQ(logged.label("router_logit_max", 0, 0), "layer_1");
   EXPECT_EQ(logged.label("param_norm", 0, 1), "layer_0.q_norm");
@@ -109,6 +113,46 @@ TEST_F(Measures, TheLogHoldsThemUnderTheirNames) {
   const MetricAxis& rows = logged.header().axis(logged.definition("layer_grad_norm").axis(0));
   EXPECT_EQ(rows.entry(0).label(), "layer_0.qkv");
   EXPECT_EQ(rows.entry(0).elements(), 16 * (4 + 2 + 2) * 4);
+}
+
+TEST_F(Measures, WhatIsNotMeasuredInAStepIsNoNumber) {
+  TrainerHarness harness(measured_run("F32", "expert_every: 2", kMeasuredBatch), corpus_);
+  StepResult result = harness->step(false);
+  for (const bool skipped : {false, true}) {
+    const std::string run = directory_.file(skipped ? "skipped" : "run");
+    Recorder recorder(run, *harness, {}, 1e9);
+    result.skipped = skipped;
+    recorder.step(result);
+    ASSERT_TRUE(recorder.close().complete());
+    const RunLog log(telemetry_directory(run));
+    const LoggedStep logged(log);
+    const auto missing = [&](const char* name) {
+      const std::vector<double> values = logged.values(name);
+      return std::count_if(values.begin(), values.end(), [](double value) { return std::isnan(value); }) ==
+             std::ssize(values);
+    };
+    EXPECT_TRUE(missing("expert_grad_norm")) << "not due in step 1";
+    for (const char* name : {"param_norm", "update_norm", "adam_rms"}) {
+      EXPECT_EQ(missing(name), skipped) << name;
+    }
+    EXPECT_FALSE(missing("layer_grad_norm"));
+    EXPECT_FALSE(missing("resid_rms"));
+  }
+}
+
+TEST_F(Measures, TheHashOfABatchTellsWhetherTheDataIsTheSame) {
+  const auto hashes = [&](const std::string& data) {
+    TrainerHarness harness(measured_run("F32", "metrics: false", cat(kMeasuredBatch, data)), corpus_);
+    const std::uint32_t first = harness->step(false).batch_hash;
+    return std::vector<std::uint32_t>{first, harness->step(false).batch_hash};
+  };
+  const std::vector<std::uint32_t> one = hashes(" data { held_out: 0 }");
+  EXPECT_NE(one[0], one[1]);
+  EXPECT_LT(std::max(one[0], one[1]), 1u << 24);
+  EXPECT_EQ(hashes(" data { held_out: 0 }"), one);
+  const std::vector<std::uint32_t> other = hashes(" data { held_out: 0 skip { begin: 5 end: 6 } }");
+  EXPECT_EQ(other[0], one[0]) << "samples 0 to 3";
+  EXPECT_NE(other[1], one[1]);
 }
 
 TEST_F(Measures, SwitchedOffTheLogHasNone) {
@@ -145,6 +189,8 @@ TEST_F(Measures, TheSlowRankIsNamed) {
         EXPECT_LT(m.compute_seconds.mean, m.compute_seconds.max);
         EXPECT_GE(m.step_seconds.min, m.communication_seconds.min);
         EXPECT_LT(m.compute_seconds.mean, m.step_seconds.mean) << "two ranks of three wait";
+        EXPECT_NEAR(m.compute_seconds.mean + m.waiting_seconds.mean, m.step_seconds.mean, 1e-6);
+        EXPECT_GE(m.waiting_seconds.mean, m.waiting_seconds.min);
       },
       [](int rank) {
         testing::Substitutes substitutes;

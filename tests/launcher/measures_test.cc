@@ -3,6 +3,7 @@
 #include <cmath>
 #include <gtest/gtest.h>
 #include <map>
+#include <numeric>
 
 #include "core/reference/reference.h"
 #include "launcher/self_check.h"
@@ -114,7 +115,8 @@ class CapturingBackend : public reference::ReferenceBackend {
     std::map<const void*, double> squares, largest;  // by weight: of the forward pass' input
     std::map<const void*, double> gradient_squares;  // of the gradient of that input
     double lse = 0, lse_max = 0, logit_max = 0;
-    std::map<const void*, double> router_logit_max;  // by router weight
+    std::map<const void*, double> router_logit_max;              // by router weight
+    std::vector<std::pair<const void*, double>> attn_logit_max;  // by where it goes, in the layers' order
   };
   explicit CapturingBackend(Seen* seen) : seen_(*seen) {}
 
@@ -144,6 +146,29 @@ class CapturingBackend : public reference::ReferenceBackend {
     }
     ReferenceBackend::head_finish(op, stream);
   }
+  void attention_forward(const AttentionForward& op, Stream* stream) override {
+    ReferenceBackend::attention_forward(op, stream);
+    if (op.logit_max.empty()) return;
+    auto& of_layers = seen_.attn_logit_max;
+    auto most = std::find_if(of_layers.begin(), of_layers.end(),
+                             [&](const auto& layer) { return layer.first == op.logit_max.data; });
+    if (most == of_layers.end()) most = of_layers.insert(most, {op.logit_max.data, 0});
+    const std::vector<double> queries = testing::values_of(op.q), keys = testing::values_of(op.k);
+    for (std::int64_t row = 0; row < op.batch * op.queries; ++row) {
+      const std::int64_t sequence = row / op.queries, last = op.first_query + row % op.queries;
+      const std::int64_t first = op.doc_start.empty() ? 0 : op.doc_start.ptr<std::int32_t>()[row];
+      for (int head = 0; head < op.heads; ++head) {
+        const double* const query = queries.data() + (row * op.heads + head) * op.head_dim;
+        for (std::int64_t position = first; position <= last; ++position) {
+          const std::int64_t at =
+              (sequence * op.keys + position) * op.kv_heads + head * op.kv_heads / op.heads;
+          const double product =
+              std::inner_product(query, query + op.head_dim, keys.data() + at * op.head_dim, 0.0);
+          most->second = std::max(most->second, op.scale * product);
+        }
+      }
+    }
+  }
   void norm_gate_forward(const NormGateForward& op, Stream* stream) override {
     ReferenceBackend::norm_gate_forward(op, stream);
     double& most = seen_.router_logit_max[op.router.data];
@@ -172,7 +197,7 @@ TEST_F(Measures, LayersAndLogitsAreThoseThatPassTheOperators) {
     const StepResult result = harness->step(false);
     const StepMeasures& m = result.measures;
     const ParameterStore& parameters = harness->parameters();
-    std::vector<double> squares, largest, gradients, routers;
+    std::vector<double> squares, largest, gradients, routers, attention;
     for (int layer = 0; layer < kMeasuresLayers; ++layer) {
       const std::string reader =
           layer + 1 < kMeasuresLayers ? cat("layers.", layer + 1, ".qkv.weight") : "final_norm.gain";
@@ -191,7 +216,8 @@ TEST_F(Measures, LayersAndLogitsAreThoseThatPassTheOperators) {
     expect_near(m.router_logit_max, routers, "router_logit_max");
     expect_near({m.lse_mean, m.lse_max, m.output_logit_max},
                 {seen.lse / result.model.targets, seen.lse_max, seen.logit_max}, "logits");
-    for (const double logit : m.attn_logit_max) EXPECT_GT(logit, 0);
+    for (const auto& [where, most] : seen.attn_logit_max) attention.push_back(most);
+    expect_near(m.attn_logit_max, attention, "attn_logit_max");
   }
 }
 
@@ -274,18 +300,58 @@ TEST_P(MeasuresInEveryType, AFlippedBitOfOneCopyIsNamed) {
   }
 }
 
+// Of two copies nobody can tell which is wrong, unless one is at odds with its own master.
+TEST_F(Measures, AFlippedBitOfOneOfTwoCopies) {
+  for (const bool of_owner : {false, true}) {
+    on_ranks(2, measured_run("BF16", "check_every: 1", "batch { sequences: 4 }"),
+             [&](TrainerHarness& harness, const Groups& groups) {
+               EXPECT_EQ(harness->step(false).measures.replica_mismatches, 0);
+               harness->wait_weights();
+               ParameterStore& parameters = harness->parameters();
+               const std::string name = "embedding.weight";
+               const Tensor weight = parameters.weight(parameters.find(name));
+               for (const auto& bucket : parameters.buckets()) {
+                 for (const auto& range : bucket.owned) {
+                   if (groups.world->rank() != 0 || range.parameter != parameters.find(name)) continue;
+                   ASSERT_LT(range.length, weight.elements()) << "the other rank owns a part of it";
+                   const std::int64_t other = range.local_begin == 0 ? weight.elements() - 1 : 0;
+                   const std::int64_t element = of_owner ? range.local_begin : other;
+                   static_cast<char*>(weight.data)[element * size_of(weight.dtype)] ^= 1;
+                 }
+               }
+               const StepMeasures m = harness->step(false).measures;
+               std::vector<ReplicaMismatch> expected = {
+                   {-1, -1, name + ": the copies of rank 0 and rank 1 differ, which is right is unknown"}};
+               if (of_owner) {
+                 expected = {
+                     {0, -1, name + ": on rank 0, its owner, the weights are not the rounded master copy"},
+                     {0, -1,
+                      name + ": the copy of rank 0 differs from that of rank 1 and from its rounded master "
+                             "copy"}};
+               }
+               EXPECT_TRUE(m.mismatches == expected) << (m.mismatches.empty() ? "" : m.mismatches[0].message);
+               EXPECT_EQ(m.replica_mismatches, std::ssize(expected));
+             });
+  }
+}
+
 TEST_F(Measures, AFlippedRouterBiasIsNamed) {
-  on_ranks(2, measured_run("F32", "check_every: 1", "batch { sequences: 4 }"),
-           [&](TrainerHarness& harness, const Groups& groups) {
-             EXPECT_EQ(harness->step(false).measures.replica_mismatches, 0);
-             if (groups.world->rank() == 1) harness->router_biases()[1].ptr<float>()[3] += 1;
-             const StepMeasures m = harness->step(false).measures;
-             ASSERT_EQ(m.mismatches.size(), 1);
-             EXPECT_EQ(m.mismatches[0].layer, 2);
-             EXPECT_EQ(m.mismatches[0].rank, 1);
-             EXPECT_EQ(m.mismatches[0].message,
-                       "layers.2.router_bias: the copy of rank 1 differs from that of rank 0");
-           });
+  for (const int world : {2, 3}) {
+    on_ranks(world, measured_run("F32", "check_every: 1", cat("batch { sequences: ", 2 * world, " }")),
+             [&](TrainerHarness& harness, const Groups& groups) {
+               EXPECT_EQ(harness->step(false).measures.replica_mismatches, 0);
+               if (groups.world->rank() == 1) harness->router_biases()[1].ptr<float>()[3] += 1;
+               const StepMeasures m = harness->step(false).measures;
+               ASSERT_EQ(m.mismatches.size(), 1);
+               EXPECT_EQ(m.mismatches[0].layer, 2);
+               EXPECT_EQ(m.mismatches[0].rank, world == 2 ? -1 : 1);
+               EXPECT_EQ(m.mismatches[0].message,
+                         world == 2
+                             ? "layers.2.router_bias: the copies of rank 0 and rank 1 differ, which is "
+                               "right is unknown"
+                             : "layers.2.router_bias: the copy of rank 1 differs from that of ranks 0 2");
+             });
+  }
 }
 
 TEST_F(Measures, AWrongGradientTableIsNamed) {
@@ -335,6 +401,14 @@ TEST_F(Measures, TheNoiseScaleIsThatOfBatchesOfTwoSizes) {
                  relative_difference({harness->step(false).measures.gradient_noise_scale}, {noise / signal}),
                  1e-9);
            });
+  // Tensor ranks share their tokens: only the number of data-parallel ranks tells the size of the small
+  // batch.
+  on_layout({.world = 4, .tensor = 2}, measured_run("F64", "noise_every: 1", "batch { sequences: 4 }"),
+            [&](TrainerHarness& harness, const Groups&) {
+              EXPECT_LE(
+                  relative_difference({harness->step(false).measures.gradient_noise_scale}, {noise / signal}),
+                  1e-9);
+            });
   on_ranks(2, measured_run("F64", "noise_every: 2", "batch { sequences: 4 }"),
            [&](TrainerHarness& harness, const Groups&) {
              EXPECT_TRUE(std::isnan(harness->step(false).measures.gradient_noise_scale)) << "not due";

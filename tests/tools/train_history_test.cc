@@ -5,6 +5,7 @@
 
 #include "core/telemetry/log_verify.h"
 #include "core/telemetry/rank_log.h"
+#include "core/telemetry/run_log.h"
 #include "tests/tools/training_job.h"
 
 namespace hybridmoe {
@@ -107,6 +108,7 @@ TEST_F(TrainHistory, AnErrorOfAllRanksLeavesTheirLastSteps) {
                                          "--set", "checkpoint.every=0"};
   const Outcome outcome = run(arguments(path("run"), more));
   expect_failure(outcome, {"training sample ", "training ended after step "});
+  EXPECT_FALSE(RunLog(telemetry()).attempts().back().finished) << "an error is no end in order";
   const std::vector<RankLog> logs = read_rank_logs(telemetry());
   ASSERT_EQ(logs.size(), 2);
   for (const RankLog& log : logs) {
