@@ -196,7 +196,6 @@ void Recorder::add_measures(const StepResult& result, StepRecord* record) const 
   };
   const auto root = [](double squares, std::size_t) { return std::sqrt(squares); };
   const auto same = [](double value, std::size_t) { return value; };
-  constexpr double kNotMeasured = std::numeric_limits<double>::quiet_NaN();
   // A skipped step has no update.
   const auto of_update = [&](double value) { return result.skipped ? kNotMeasured : value; };
   const auto root_of_update = [&](double squares, std::size_t) { return of_update(std::sqrt(squares)); };
@@ -232,6 +231,9 @@ void Recorder::add_measures(const StepResult& result, StepRecord* record) const 
   set_spread(m.communication_spread, measured.communication_seconds);
   set_spread(m.waiting_spread, measured.waiting_seconds);
   set_spread(m.compute_spread, measured.compute_seconds);
+  set_spread(m.data_spread, measured.data_work);
+  set_spread(m.forward_spread, measured.forward_work);
+  set_spread(m.backward_spread, measured.backward_work);
 }
 
 void Recorder::event(EventRecord::Kind kind, std::int64_t step, const std::string& message,

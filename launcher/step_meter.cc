@@ -10,7 +10,15 @@ namespace {
 // Behind the table of updates in the sums: two numbers a layer, the following ones, then three a rank.
 enum LayerSum : int { kResidSquares, kDresidSquares, kLayerSums };
 enum SingleSum : int { kLse, kLocalSquares, kSingleSums };
-enum RankSecond : int { kStepSeconds, kCommunicationSeconds, kWaitingSeconds, kRankSeconds };
+enum RankSecond : int {
+  kStepSeconds,
+  kCommunicationSeconds,
+  kWaitingSeconds,
+  kDataWork,
+  kForwardWork,
+  kBackwardWork,
+  kRankSeconds
+};
 // Behind the largest gradients in the maxima: two numbers a layer, one a MoE layer, then the following ones.
 enum LayerMax : int { kResidAbsmax, kAttnLogitMax, kLayerMaxima };
 enum SingleMax : int { kLseMax, kOutputLogitMax, kSingleMaxima };
@@ -181,6 +189,9 @@ void StepMeter::start_reductions(const ModelStatistics& local, const StepSeconds
   sum[kStepSeconds] = seconds.total;
   sum[kCommunicationSeconds] = seconds.communication;
   sum[kWaitingSeconds] = seconds.waiting;
+  sum[kDataWork] = seconds.work.data;
+  sum[kForwardWork] = seconds.work.forward;
+  sum[kBackwardWork] = seconds.work.backward;
 
   double* most = maxima_.ptr<double>() + rows();
   for (int layer = 0; layer < layers_; ++layer, most += kLayerMaxima) {
@@ -221,9 +232,15 @@ StepMeasures StepMeter::finish(const Tensor& table, double targets, std::int64_t
   sum += kSingleSums;
   const auto of_rank = [&](int rank, RankSecond what) { return sum[rank * kRankSeconds + what]; };
   const int ranks = groups_.world->size();
-  m.waiting_seconds = spread(ranks, [&](int rank) { return of_rank(rank, kWaitingSeconds); });
-  m.step_seconds = spread(ranks, [&](int rank) { return of_rank(rank, kStepSeconds); });
-  m.communication_seconds = spread(ranks, [&](int rank) { return of_rank(rank, kCommunicationSeconds); });
+  const auto spread_of = [&](RankSecond what) {
+    return spread(ranks, [&](int rank) { return of_rank(rank, what); });
+  };
+  m.waiting_seconds = spread_of(kWaitingSeconds);
+  m.step_seconds = spread_of(kStepSeconds);
+  m.communication_seconds = spread_of(kCommunicationSeconds);
+  m.data_work = spread_of(kDataWork);
+  m.forward_work = spread_of(kForwardWork);
+  m.backward_work = spread_of(kBackwardWork);
   m.compute_seconds =
       spread(ranks, [&](int rank) { return of_rank(rank, kStepSeconds) - of_rank(rank, kWaitingSeconds); });
   if (due(config_.expert_every()) && moe_layers_ > 0) {

@@ -29,6 +29,10 @@ struct StepSeconds {
   double communication = 0;  // waiting for gradients, sums and weights; exchanges within layers are not in it
   double optimizer = 0;
   double waiting = 0;  // for other ranks, up to where the ranks' numbers are collected: part of all the above
+  // What of the phases was this rank's own work: without waiting for others.
+  struct Work {
+    double data = 0, forward = 0, backward = 0;
+  } work;
 };
 
 // A number of each rank.
@@ -52,7 +56,8 @@ struct StepMeasures {
   double lse_mean = 0, lse_max = 0, output_logit_max = 0;  // of the LM head, unmasked targets
   // Up to where the ranks' numbers are collected, behind the update.
   RankSpread step_seconds, communication_seconds, waiting_seconds,
-      compute_seconds;                 // compute: step without waiting
+      compute_seconds;  // compute: step without waiting
+  RankSpread data_work, forward_work, backward_work;
   std::vector<double> expert_squares;  // [MoE layers, experts]; empty in steps that do not measure it
   double gradient_noise_scale = std::numeric_limits<double>::quiet_NaN();  // tokens; NaN: not measured
   std::int64_t replica_mismatches = -1;                                    // -1: not checked

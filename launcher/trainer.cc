@@ -21,12 +21,16 @@ class Stopwatch {
  public:
   double lap() {
     const auto now = std::chrono::steady_clock::now();
-    const double seconds = std::chrono::duration<double>(now - last_).count();
+    const double seconds = std::chrono::duration<double>(now - last_).count(), waited = seconds_waited();
     last_ = now;
+    worked_ = seconds - (waited - waited_);
+    waited_ = waited;
     return seconds;
   }
+  double worked() const { return worked_; }  // of the last lap, without waiting for other ranks
 
  private:
+  double waited_ = seconds_waited(), worked_ = 0;
   std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
 };
 
@@ -152,6 +156,7 @@ StepResult Trainer::step(bool stop) {
   upload_samples();
   result.batch_hash = batch_hash();
   result.seconds.data = watch.lap();
+  result.seconds.work.data = watch.worked();
 
   run_micro_batches(&result);
   reduce_sums(stop, &result);
@@ -182,12 +187,14 @@ void Trainer::run_micro_batches(StepResult* result) {
   scale.moe_layers = std::max<int>(1, static_cast<int>(model_.moe_layers().size()));
   ModelStatistics& statistics = result->model;
   result->seconds.data += watch.lap();
+  result->seconds.work.data += watch.worked();
   for (std::int64_t m = 0; m < micro_batches_; ++m) {
     groups_.mark_phase("forward");
     const bool last = m + 1 == micro_batches_;
     model_.forward_backward(micro_batch(m), scale, &statistics, [&](int stage) {
       if (stage == 0) {
         result->seconds.forward += watch.lap() - weight_seconds_;
+        result->seconds.work.forward += watch.worked();
         result->seconds.communication += std::exchange(weight_seconds_, 0);
         groups_.mark_phase("backward");
       }
@@ -196,6 +203,7 @@ void Trainer::run_micro_batches(StepResult* result) {
       sync_.stage_done(stage);
     });
     result->seconds.backward += watch.lap();
+    result->seconds.work.backward += watch.worked();
   }
   statistics.targets = static_cast<double>(targets);
 }

@@ -28,6 +28,12 @@ struct Source {
   bool coarse = false;
 };
 
+// docs/telemetry.md: where NaN says that a step did not measure it.
+bool has_gaps(const std::string& metric) {
+  return metric == "param_norm" || metric == "update_norm" || metric == "adam_rms" ||
+         metric == "expert_grad_norm";
+}
+
 class Gatherer {
  public:
   explicit Gatherer(ReportData* data) : data_(*data) {
@@ -98,14 +104,16 @@ class Gatherer {
     const bool counts = source.metric->storage() == MetricDefinition::COUNT;
     if (first + size > (counts ? step.count_size() : step.value_size())) return;
     if (source.coarse) {
-      // expert_grad_norm is all 0 in the steps between those in which it is measured.
+      // Most steps do not measure expert_grad_norm: all NaN, 0 in older logs.
       const auto values = step.value().begin() + first;
-      if (!counts && std::all_of(values, values + size, [](float value) { return value == 0; })) return;
+      const auto nothing = [](float value) { return value == 0 || std::isnan(value); };
+      if (!counts && std::all_of(values, values + size, nothing)) return;
       ++columns.counted[static_cast<std::size_t>(column)];
     }
     float* to = columns.values.data() + column;
     for (int i = 0; i < size; ++i, to += columns.columns) {
       float value = counts ? static_cast<float>(step.count(first + i)) : step.value(first + i);
+      if (std::isnan(value) && has_gaps(columns.name)) continue;
       if (std::isnan(value)) value = std::numeric_limits<float>::infinity();  // NaN: no step had it
       if (std::isnan(*to)) {
         *to = value;

@@ -217,6 +217,10 @@ void TrainingMetrics::add_measures(int gradient, int layer, int moe_layer, int e
   compute_spread = add_spread(
       "compute_seconds",
       "step_seconds without waiting for other ranks, anywhere in the step: a slow rank has the most of it");
+  data_spread =
+      add_spread("data_work_seconds", "reading the step's samples, without waiting for other ranks");
+  forward_spread = add_spread("forward_work_seconds", "forward passes, without waiting for other ranks");
+  backward_spread = add_spread("backward_work_seconds", "backward passes, without waiting for other ranks");
 }
 
 TrainingMetrics::RankSpread TrainingMetrics::add_spread(const std::string& name,

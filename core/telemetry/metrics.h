@@ -110,7 +110,8 @@ struct TrainingMetrics {
   struct RankSpread {
     Metric min, mean, max, max_rank;
   };
-  RankSpread step_spread, communication_spread, waiting_spread, compute_spread;
+  RankSpread step_spread, communication_spread, waiting_spread, compute_spread, data_spread, forward_spread,
+      backward_spread;
 
  private:
   void add_measures(int gradient, int layer, int moe_layer, int expert);

@@ -105,6 +105,9 @@ TEST_F(Measures, TheLogHoldsThemUnderTheirNames) {
   EXPECT_EQ(logged.scalar("step_seconds_max_rank"), 0);
   EXPECT_EQ(logged.scalar("waiting_seconds_max"), m.waiting_seconds.max);
   EXPECT_EQ(logged.scalar("waiting_seconds"), result.seconds.waiting);
+  EXPECT_EQ(logged.scalar("data_work_seconds_max"), result.seconds.work.data);
+  EXPECT_EQ(logged.scalar("forward_work_seconds_max"), result.seconds.work.forward);
+  EXPECT_EQ(logged.scalar("backward_work_seconds_mean"), result.seconds.work.backward);
   EXPECT_EQ(logged.scalar("batch_hash"), result.batch_hash);
   EXPECT_EQ(logged.label("resid_rms", 0, 2), "layer_2");
   EXPECT_EQ(logged.label("router_logit_max", 0, 0), "layer_1");
@@ -168,11 +171,15 @@ TEST_F(Measures, SwitchedOffTheLogHasNone) {
   }
 }
 
-// Sleeps in the update.
+// Sleeps in the forward pass and in the update.
 class SlowBackend : public reference::ReferenceBackend {
  public:
   void step_scalars(const StepScalars& op, Stream* stream) override {
     ReferenceBackend::step_scalars(op, stream);
+    std::this_thread::sleep_for(std::chrono::milliseconds(200));
+  }
+  void embedding_forward(const EmbeddingForward& op, Stream* stream) override {
+    ReferenceBackend::embedding_forward(op, stream);
     std::this_thread::sleep_for(std::chrono::milliseconds(200));
   }
 };
@@ -191,6 +198,10 @@ TEST_F(Measures, TheSlowRankIsNamed) {
         EXPECT_LT(m.compute_seconds.mean, m.step_seconds.mean) << "two ranks of three wait";
         EXPECT_NEAR(m.compute_seconds.mean + m.waiting_seconds.mean, m.step_seconds.mean, 1e-6);
         EXPECT_GE(m.waiting_seconds.mean, m.waiting_seconds.min);
+        EXPECT_EQ(m.forward_work.max_rank, 1);
+        EXPECT_GE(m.forward_work.max, 0.2);
+        EXPECT_LT(m.forward_work.min, 0.2) << "the others wait for it, and that is no work";
+        EXPECT_LT(m.backward_work.max, 0.2);
       },
       [](int rank) {
         testing::Substitutes substitutes;

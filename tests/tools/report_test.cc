@@ -232,6 +232,40 @@ TEST_F(Report, ASpikeOfOneStepSurvivesGathering) {
   EXPECT_EQ(data.coarse.back().values[(kReportExperts + 2) * 8 + 3], 8);
 }
 
+// Experts are measured every tenth step, and one update was skipped: neither gives zeros, nor what is not
+// finite.
+TEST(ReportData, StepsThatMeasuredNothingCountForNothing) {
+  TemporaryDirectory directory;
+  ModelRows rows;
+  rows.layers = 1;
+  rows.moe_layers = {0};
+  rows.experts = 2;
+  rows.gradient = {{0, TensorKind::Qkv}};
+  const TrainingMetrics metrics(rows);
+  RunHeader header;
+  metrics.table.define(&header);
+  header.set_resume_step(1);
+  LogWriter log(directory.path(), header, {});
+  for (int step = 1; step <= 40; ++step) {
+    StepRecord record = metrics.table.make_step(step);
+    set_metric(&record, metrics.loss, 1);
+    for (float& norm : metric_values(&record, metrics.expert_grad_norm)) norm = step % 10 == 0 ? 3 : NAN;
+    metric_values(&record, metrics.param_norm)[0] = step == 7 ? NAN : 5;
+    log.step(std::move(record));
+  }
+  log.close();
+  const ReportData data =
+      gather_report(directory.path(), ReadMode::TolerateTail, {.columns = 16, .coarse_columns = 2});
+  const auto values = [](const std::vector<DenseColumns>& all, const std::string& name) {
+    for (const DenseColumns& columns : all) {
+      if (columns.name == name) return columns.values;
+    }
+    return std::vector<float>();
+  };
+  EXPECT_EQ(values(data.coarse, "expert_grad_norm"), (std::vector<float>{3, 3, 3, 3}));
+  EXPECT_EQ(values(data.dense, "param_norm"), std::vector<float>(16, 5));
+}
+
 TEST_F(Report, MistakesAreSaid) {
   NEEDS_REPORT();
   // Damage is an error, unless somebody wants to see what there is.
