@@ -151,7 +151,7 @@ TEST(LogExportTest, WhatIsNotFiniteIsNotMissing) {
   const TrainingMetrics metrics(small_model());
   TemporaryDirectory run;
   LogWriter writer(run.path(), header_of(metrics), {});
-  StepRecord record = step_of(metrics, 1, -std::nan(""));
+  StepRecord record = step_of(metrics, 1, NAN);
   metric_values(&record, metrics.router_entropy)[0] = NAN;
   metric_values(&record, metrics.router_entropy)[1] = -INFINITY;
   writer.step(std::move(record));
