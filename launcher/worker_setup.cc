@@ -114,7 +114,8 @@ std::string Worker::choose_device() {
   for (int rank = 0; rank < std::ssize(all); ++rank) {
     if (all[rank].empty()) continue;
     devices_ = 0;
-    return world().size() == 1 ? all[rank] : cat(all[rank], " (rank ", rank, ")");
+    const bool everywhere = std::count(all.begin(), all.end(), all[rank]) == std::ssize(all);
+    return everywhere ? all[rank] : cat(all[rank], " (rank ", rank, ")");
   }
   return "every rank has a GPU";
 }
