@@ -459,6 +459,7 @@ function showGain() {
   $('gain-title').textContent = `Gain from layer to layer around step ${whole(picked.step)}`;
   charts.gain = new Dygraph($('gain'), rows, {
     labels: ['layer', 'forward', 'backward'], legend: 'always', labelsDiv: labelsAbove($('gain')), drawPoints: true, pointSize: 3, colors: runColours,
+    logscale: true,  // ratios; and the embedding's stand-in may be far from the rest
     axisLineColor: style('--line'), gridLineColor: style('--line'), xRangePad: 10,
     axes: {y: {axisLabelWidth: 60, axisLabelFormatter: (v) => digits(v, 3)},
            x: {axisLabelFormatter: (v) => Number.isInteger(v) ? v : '', valueFormatter: (v) => `layer ${v}`}},
