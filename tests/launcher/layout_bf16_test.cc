@@ -21,13 +21,16 @@ constexpr int kBf16Vocabulary = 37, kBf16Steps = 3;
 // layout; partial sums are rounded once more per rank. A gain's gradient is a sum over all tokens that mostly
 // cancels, while its error does not.
 constexpr double kMatrixBound = 0.05, kGainBound = 0.12, kLossBound = 2e-3;
+// What telemetry measures: sums of squares, with twice the error of what they are of, and largest elements.
+// What a layout counts once too often is off by more.
+constexpr double kMeasureBound = 0.1;
 
 const char kBf16Text[] =
     "model { layers: 3 d_model: 16 heads: 8 kv_heads: 2 head_dim: 4 sequence_length: 16 dense_hidden: 16 "
     "  padded_vocabulary: 41 moe { experts: 8 top_k: 2 expert_hidden: 8 dense_layers: 1 shared_experts: 1 "
     "  shared_hidden: 8 } } "
     "batch { sequences: 8 } data { held_out: 0 } optimizer { learning_rate: 3e-3 clip_norm: 0.4 } steps: 30 "
-    "precision: BF16 emulate_bf16: true ";
+    "precision: BF16 emulate_bf16: true telemetry { expert_every: 1 check_every: 1 } ";
 
 struct OracleStep {
   TrainerState before, after;
@@ -61,7 +64,7 @@ std::vector<OracleStep> oracle_steps(const std::string& corpus) {
 }
 
 struct Differences {
-  Difference matrices{kMatrixBound}, gains{kGainBound};
+  Difference matrices{kMatrixBound}, gains{kGainBound}, measures{kMeasureBound};
 };
 
 Differences compare(const Layout& layout, const OracleStep& oracle, const std::string& corpus) {
@@ -78,6 +81,7 @@ Differences compare(const Layout& layout, const OracleStep& oracle, const std::s
     EXPECT_LE(testing::relative_difference({result.cross_entropy}, {oracle.result.cross_entropy}),
               kLossBound);
     difference.matrices.near(result.grad_norm, oracle.result.grad_norm, "global gradient norm");
+    testing::compare_measures(result, oracle.result, many->parameters(), &difference.measures);
     const TrainerState after = many.state();
     for (ParameterStore::Id id = 0; id < many->parameters().size(); ++id) {
       const std::string& name = many->parameters().spec(id).name;
@@ -96,24 +100,27 @@ TEST(LayoutsInBf16, StepsFromOneProcessStateEqualItsSteps) {
   const std::vector<OracleStep> oracle = oracle_steps(corpus);
   Config config = parse_config_text(kBf16Text, "test");
   complete(&config, kBf16Vocabulary);
-  double matrices = 0, gains = 0;
+  double matrices = 0, gains = 0, measures = 0;
   int count = 0;
   for (const int world : {1, 2, 4, 8}) {
     for (const Layout& layout : testing::legal_layouts(world, layout_demands(config))) {
       for (const OracleStep& step : oracle) {
         const Differences difference = compare(layout, step, corpus);
-        EXPECT_EQ(difference.matrices.what() + difference.gains.what(), "")
+        EXPECT_EQ(difference.matrices.what() + difference.gains.what() + difference.measures.what(), "")
             << world << " ranks, " << configuration_text(layout) << ", step " << step.result.step;
         matrices = std::max(matrices, difference.matrices.largest());
         gains = std::max(gains, difference.gains.largest());
+        measures = std::max(measures, difference.measures.largest());
       }
       ++count;
     }
   }
   EXPECT_EQ(count, 65);
   EXPECT_GT(matrices, 1e-4) << "so equal that nothing can have been rounded to bf16";
-  std::printf("%d layouts: the largest relative difference of a gradient is %.2g (matrices), %.2g (gains)\n",
-              count, matrices, gains);
+  std::printf(
+      "%d layouts: the largest relative difference of a gradient is %.2g (matrices), %.2g (gains), of a "
+      "measure %.2g\n",
+      count, matrices, gains, measures);
 }
 
 }  // namespace
