@@ -16,6 +16,17 @@ std::string first_payload(const std::string& path) {
   return reader.next(&payload) && reader.record_offset() == 0 ? payload : std::string();
 }
 
+// Whether a step can be read from a segment; it may have begun right behind the last one.
+bool has_a_step(const LogSegment& segment) {
+  RecordReader reader(segment.path, ReadMode::SkipCorrupt);
+  std::string payload;
+  Record record;
+  while (reader.next(&payload)) {
+    if (record.ParseFromString(payload) && record.has_step()) return true;
+  }
+  return false;
+}
+
 // The records of an index that belongs to the segment as it is now (header and size are the same); false:
 // there is none.
 bool matching_index(const LogSegment& segment, std::vector<Record>* records) {
@@ -86,8 +97,10 @@ std::size_t LogReader::read_segment(std::size_t index, const std::function<void(
   std::size_t count = 0;
   if (from.done) return 0;
   if (from.reader == nullptr) {
-    const bool last = index + 1 == segments_.size();
-    if (options_.scalars_only && !last && read_index(index, visit, &count)) return count;
+    // The newest step is read in full.
+    const std::size_t behind = segments_.size() - 1 - index;
+    const bool newest = behind == 0 || (behind == 1 && !has_a_step(segments_.back()));
+    if (options_.scalars_only && !newest && read_index(index, visit, &count)) return count;
     from.reader = std::make_unique<RecordReader>(segment.path, options_.mode);
   }
   RecordReader& reader = *from.reader;

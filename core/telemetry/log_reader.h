@@ -23,7 +23,7 @@ struct StepRange {
 struct LogReadOptions {
   ReadMode mode = ReadMode::TolerateTail;
   // Take the steps of finished segments from their indices: without dense arrays, but fast.
-  // The last segment is read in full.
+  // The segment of the newest step is read in full.
   bool scalars_only = false;
   std::vector<StepRange> dense =
       {};  // with scalars_only: segments with a step in one of these are read in full

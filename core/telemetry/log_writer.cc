@@ -30,8 +30,7 @@ std::int64_t total(const LostRecords& lost) {
 bool ends_or_warns(const Record& record) {
   if (!record.has_event()) return record.has_rank_sample();
   const EventRecord::Kind kind = record.event().kind();
-  return kind != EventRecord::EVALUATION && kind != EventRecord::CHECKPOINT_SAVED &&
-         kind != EventRecord::OTHER;
+  return kind != EventRecord::EVALUATION && kind != EventRecord::CHECKPOINT_SAVED;
 }
 
 std::string new_run_id() {
