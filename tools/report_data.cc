@@ -111,8 +111,10 @@ class Gatherer {
       ++columns.counted[static_cast<std::size_t>(column)];
     }
     float* to = columns.values.data() + column;
+    const float* values = counts ? nullptr : step.value().data() + first;
+    const auto* count = counts ? step.count().data() + first : nullptr;
     for (int i = 0; i < size; ++i, to += columns.columns) {
-      float value = counts ? static_cast<float>(step.count(first + i)) : step.value(first + i);
+      float value = counts ? static_cast<float>(count[i]) : values[i];
       if (std::isnan(value) && has_gaps(columns.name)) continue;
       if (std::isnan(value)) value = std::numeric_limits<float>::infinity();  // NaN: no step had it
       if (std::isnan(*to)) {
