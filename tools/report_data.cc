@@ -26,6 +26,9 @@ struct Source {
   const MetricDefinition* metric = nullptr;
   DenseColumns* target = nullptr;
   bool coarse = false;
+  // What the steps of one column have come to: side by side here, far apart in the target.
+  int column = -1;
+  std::vector<float> gathered = {};
 };
 
 // docs/telemetry.md: where NaN says that a step did not measure it.
@@ -66,11 +69,12 @@ class Gatherer {
     const int fine = column_of(data_.column_steps, step.step()),
               coarse = column_of(data_.coarse_steps, step.step());
     if (fine < 0) return;
-    for (const Source& source : sources_) add(step, source, source.coarse ? coarse : fine);
+    for (Source& source : sources_) add(step, source.coarse ? coarse : fine, &source);
   }
 
   // Means of what was summed.
   void finish() {
+    for (Source& source : sources_) flush(&source);
     for (DenseColumns& columns : data_.coarse) {
       for (std::size_t i = 0; i < columns.values.size(); ++i) {
         const std::int64_t steps = columns.counted[i % static_cast<std::size_t>(columns.columns)];
@@ -83,6 +87,7 @@ class Gatherer {
   // The definitions may differ between attempts; a metric is found by name and must have the same elements.
   void learn(const RunHeader& header) {
     header_ = &header;
+    for (Source& source : sources_) flush(&source);
     sources_.clear();
     for (auto* list : {&data_.dense, &data_.coarse}) {
       for (DenseColumns& columns : *list) {
@@ -98,32 +103,50 @@ class Gatherer {
     if (behind == parts.begin() || behind == parts.end()) return -1;
     return static_cast<int>(behind - parts.begin()) - 1;
   }
-  static void add(const StepRecord& step, const Source& source, int column) {
-    DenseColumns& columns = *source.target;
-    const int first = source.metric->column(), size = static_cast<int>(columns.labels.size());
-    const bool counts = source.metric->storage() == MetricDefinition::COUNT;
+  // Joins a value with what a column has; NaN: nothing yet.
+  static void join(float value, bool sum, float* has) {
+    if (std::isnan(*has)) {
+      *has = value;
+    } else if (sum) {
+      *has += value;
+    } else if (!(std::fabs(value) <= std::fabs(*has))) {
+      *has = value;
+    }
+  }
+  static void flush(Source* source) {
+    DenseColumns& columns = *source->target;
+    if (source->column < 0) return;
+    float* to = columns.values.data() + source->column;
+    for (float& value : source->gathered) {
+      if (!std::isnan(value)) join(value, source->coarse, to);
+      value = std::numeric_limits<float>::quiet_NaN();
+      to += columns.columns;
+    }
+    source->column = -1;
+  }
+  static void add(const StepRecord& step, int column, Source* source) {
+    DenseColumns& columns = *source->target;
+    const int first = source->metric->column(), size = static_cast<int>(columns.labels.size());
+    const bool counts = source->metric->storage() == MetricDefinition::COUNT, gaps = has_gaps(columns.name);
     if (first + size > (counts ? step.count_size() : step.value_size())) return;
-    if (source.coarse) {
+    const float* values = counts ? nullptr : step.value().data() + first;
+    const auto* count = counts ? step.count().data() + first : nullptr;
+    if (source->coarse) {
       // Most steps do not measure expert_grad_norm: all NaN, 0 in older logs.
-      const auto values = step.value().begin() + first;
       const auto nothing = [](float value) { return value == 0 || std::isnan(value); };
       if (!counts && std::all_of(values, values + size, nothing)) return;
       ++columns.counted[static_cast<std::size_t>(column)];
     }
-    float* to = columns.values.data() + column;
-    const float* values = counts ? nullptr : step.value().data() + first;
-    const auto* count = counts ? step.count().data() + first : nullptr;
-    for (int i = 0; i < size; ++i, to += columns.columns) {
+    if (source->column != column) {
+      flush(source);
+      source->column = column;
+      source->gathered.resize(columns.labels.size(), std::numeric_limits<float>::quiet_NaN());
+    }
+    for (int i = 0; i < size; ++i) {
       float value = counts ? static_cast<float>(count[i]) : values[i];
-      if (std::isnan(value) && has_gaps(columns.name)) continue;
+      if (std::isnan(value) && gaps) continue;
       if (std::isnan(value)) value = std::numeric_limits<float>::infinity();  // NaN: no step had it
-      if (std::isnan(*to)) {
-        *to = value;
-      } else if (source.coarse) {
-        *to += value;
-      } else if (!(std::fabs(value) <= std::fabs(*to))) {
-        *to = value;
-      }
+      join(value, source->coarse, &source->gathered[static_cast<std::size_t>(i)]);
     }
   }
 
