@@ -308,9 +308,14 @@ void Worker::open_log() {
   *header.mutable_layout() = manifest_.layout();
   *header.mutable_choice() = manifest_.choice();
   header.set_code_version(HYBRIDMOE_VERSION);
-  LibraryVersion* library = header.add_library();
-  library->set_name("backend");
-  library->set_version(backend_->name());
+  const auto add_library = [&](const char* name, const std::string& version) {
+    LibraryVersion* library = header.add_library();
+    library->set_name(name);
+    library->set_version(version);
+  };
+  add_library("backend", backend_->name());
+  add_library("MPI", mpi_version());
+  add_library("protobuf", google::protobuf::internal::VersionString(GOOGLE_PROTOBUF_VERSION));
   if (manifest_.has_run_id()) header.set_run_id(manifest_.run_id());
   char host[256] = {};
   gethostname(host, sizeof host - 1);

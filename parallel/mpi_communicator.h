@@ -36,6 +36,9 @@ class MpiEnvironment {
   int size_ = 1;
 };
 
+// The library and its version: "Open MPI v4.1.4".
+std::string mpi_version();
+
 // A communicator over the ranks of `group`, in their order. Collective over the group: it makes a duplicate
 // of `group`, so the caller's own traffic cannot mix with it. The duplicate lives until MPI_Finalize, because
 // freeing it would be a collective and destructors perform none.

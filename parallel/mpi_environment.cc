@@ -52,6 +52,14 @@ MpiEnvironment::~MpiEnvironment() {
   MPI_Finalize();
 }
 
+std::string mpi_version() {
+  char text[MPI_MAX_LIBRARY_VERSION_STRING];
+  int length = 0;
+  check_mpi(MPI_Get_library_version(text, &length), "asking for the library's version");
+  const std::string all(text, static_cast<std::size_t>(length));
+  return all.substr(0, all.find_first_of(",\n"));  // behind it: who built it, and for whom
+}
+
 void MpiEnvironment::abort(int status) {
   std::fflush(stdout);
   std::fflush(stderr);

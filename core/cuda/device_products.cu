@@ -14,10 +14,6 @@ void check_cublas(cublasStatus_t status, const char* what) {
 
 cudaDataType_t type_of(DType dtype) { return dtype == DType::BF16 ? CUDA_R_16BF : CUDA_R_32F; }
 
-std::int64_t stride_of(const Tensor& matrix) {
-  return matrix.shape.rank == 3 ? matrix.shape[2] : matrix.row_stride();
-}
-
 // The largest power of two up to 256 that divides the address: algorithms differ in what they need.
 unsigned alignment_of(const Tensor& matrix) {
   const auto address = reinterpret_cast<std::uintptr_t>(matrix.data);
@@ -53,7 +49,7 @@ struct Plan {
 cublasLtMatrixLayout_t layout_of(const Tensor& matrix, std::int64_t rows, std::int64_t columns) {
   cublasLtMatrixLayout_t layout = nullptr;
   check_cublas(cublasLtMatrixLayoutCreate(&layout, type_of(matrix.dtype), static_cast<std::uint64_t>(columns),
-                                          static_cast<std::uint64_t>(rows), stride_of(matrix)),
+                                          static_cast<std::uint64_t>(rows), matrix_stride(matrix)),
                "describing a matrix");
   return layout;
 }
@@ -122,9 +118,9 @@ const Plan& LibraryProducts::State::plan_of(const Product& p) {
   const Key key{p.m,
                 p.n,
                 p.k,
-                stride_of(p.a),
-                stride_of(p.b),
-                stride_of(p.c),
+                matrix_stride(p.a),
+                matrix_stride(p.b),
+                matrix_stride(p.c),
                 p.a_transposed,
                 p.b_transposed,
                 p.accumulate,

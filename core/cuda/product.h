@@ -7,6 +7,9 @@
 
 namespace hybridmoe::cuda {
 
+// Elements between the rows of a matrix, or of the matrices of a grouped weight.
+inline std::int64_t matrix_stride(const Tensor& t) { return t.shape.rank == 3 ? t.shape[2] : t.row_stride(); }
+
 // c [m, n] = or += a [m, k] · b [k, n]; a and b as stored or transposed, rows may be strided. In groups, with
 // offsets [groups + 1] I64 on the device:
 //   Groups::Rows   rows offsets[g] .. offsets[g + 1] of a and c belong to matrix g of b [groups, ...];

@@ -14,11 +14,9 @@ ProductShape::ProductShape(const Product& p)
       offsets(elements<const std::int64_t>(p.offsets)),
       groups(p.groups),
       accumulate(p.accumulate) {
-  // Rows of a matrix, or of the matrices of a grouped weight.
-  const auto stride = [](const Tensor& t) { return t.shape.rank == 3 ? t.shape[2] : t.row_stride(); };
-  a_stride = stride(p.a);
-  b_stride = stride(p.b);
-  c_stride = stride(p.c);
+  a_stride = matrix_stride(p.a);
+  b_stride = matrix_stride(p.b);
+  c_stride = matrix_stride(p.c);
   const std::int64_t pair = 2 * size_of(p.c.dtype);
   pairs = reinterpret_cast<std::uintptr_t>(p.c.data) % pair == 0 && c_stride % 2 == 0 && n % 2 == 0;
 }
@@ -36,8 +34,8 @@ constexpr int kBlocksPerProcessor = 2;
 // Whether the rows of a matrix begin at multiples of 16 bytes and end there too.
 bool in_chunks(const Tensor& matrix) {
   const std::int64_t width = matrix.shape[matrix.shape.rank - 1];
-  const std::int64_t stride = matrix.shape.rank == 3 ? matrix.shape[2] : matrix.row_stride();
-  return reinterpret_cast<std::uintptr_t>(matrix.data) % 16 == 0 && width % 8 == 0 && stride % 8 == 0;
+  return reinterpret_cast<std::uintptr_t>(matrix.data) % 16 == 0 && width % 8 == 0 &&
+         matrix_stride(matrix) % 8 == 0;
 }
 
 template <class Kernel>

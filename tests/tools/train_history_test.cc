@@ -32,6 +32,17 @@ class TrainHistory : public TrainProcessTest {
   }
 };
 
+TEST_F(TrainHistory, TheLogNamesTheLibrariesThatItRanWith) {
+  train(path("run"), {"--set", "steps=1"});
+  const RunLog log(telemetry());
+  std::map<std::string, std::string> versions;
+  for (const LibraryVersion& library : log.newest_header().library())
+    versions[library.name()] = library.version();
+  EXPECT_EQ(versions["backend"].rfind("cpu (", 0), 0u) << versions["backend"];
+  EXPECT_NE(versions["MPI"].find('.'), std::string::npos) << versions["MPI"];
+  EXPECT_EQ(versions["protobuf"], google::protobuf::internal::VersionString(GOOGLE_PROTOBUF_VERSION));
+}
+
 // The event that the log has of it, with where it began.
 TEST_F(TrainHistory, SkippedStepsAreInTheLog) {
   train(path("run"), diverging());
