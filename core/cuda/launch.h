@@ -33,14 +33,25 @@ __global__ void __launch_bounds__(Kernel::kThreads) run_kernel(const __grid_cons
   kernel();
 }
 
+// Lets a kernel have as much shared memory as a block can: once for all launches, since threads that are
+// ranks launch it with different sizes.
+inline bool grant_shared_memory(const void* kernel) {
+  int device = 0, most = 0;
+  check_cuda(cudaGetDevice(&device), "asking for the device");
+  check_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+             "asking for the most shared memory");
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
+             "asking for shared memory");
+  return true;
+}
+
 // Queues kernel() for every thread of the grid. Kernel::kThreads is the most threads that a block of it has.
 template <class Kernel>
 void launch(const Kernel& kernel, const Grid& grid, Stream* stream) {
   constexpr std::size_t kWithoutAsking = 48 << 10;
   if (grid.shared_bytes > kWithoutAsking) {
-    check_cuda(cudaFuncSetAttribute(run_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(grid.shared_bytes)),
-               "asking for shared memory");
+    static const bool granted = grant_shared_memory(reinterpret_cast<const void*>(&run_kernel<Kernel>));
+    static_cast<void>(granted);
   }
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
   run_kernel<<<blocks, static_cast<unsigned>(grid.threads), grid.shared_bytes, native(stream)>>>(kernel);
