@@ -14,7 +14,38 @@ namespace {
 // Parameters start at multiples of this many elements: aligned for vector loads in every type.
 constexpr std::int64_t kAlign = 64;
 std::int64_t round_up(std::int64_t value, std::int64_t step) { return (value + step - 1) / step * step; }
+
+// weight = values in its type; the remainders too where there are some.
+void round_masters(const Tensor& values, const Tensor& weight, const Tensor& remainder, Backend& backend,
+                   Stream* stream) {
+  if (weight.dtype == values.dtype) {
+    backend.copy(values, weight, stream);
+  } else {
+    backend.split_master({.master = values, .weight = weight, .remainder = remainder}, stream);
+  }
+}
 }  // namespace
+
+void ParameterStore::Bucket::get_masters(std::int64_t begin, const Tensor& values, Backend& backend,
+                                         Stream* stream) const {
+  const std::int64_t end = begin + values.elements();
+  if (!remainder.empty()) {
+    backend.join_master({.weight = owned_weight().flat(begin, end),
+                         .remainder = remainder.flat(begin, end),
+                         .master = values},
+                        stream);
+  } else {
+    backend.copy(owned_master().flat(begin, end), values, stream);
+  }
+}
+
+void ParameterStore::Bucket::set_masters(std::int64_t begin, const Tensor& values, Backend& backend,
+                                         Stream* stream) const {
+  const std::int64_t end = begin + values.elements();
+  if (!master.empty()) backend.copy(values, master.flat(begin, end), stream);
+  round_masters(values, owned_weight().flat(begin, end),
+                remainder.empty() ? Tensor() : remainder.flat(begin, end), backend, stream);
+}
 
 ParameterStore::Id ParameterStore::add(ParameterSpec spec) {
   require(buckets_->empty(), "parameter ", spec.name, " is declared after the layout was planned");
@@ -35,7 +66,8 @@ ParameterStore::Id ParameterStore::find(const std::string& name, const std::stri
 }
 
 void ParameterStore::plan(MemoryPlan& memory, DType compute, DType statistics, std::int64_t bucket_bytes,
-                          bool for_training) {
+                          OptimizerState state) {
+  statistics_ = statistics;
   lay_out_table();
   assign_buckets(statistics, bucket_bytes);
   int index = 0;
@@ -48,10 +80,13 @@ void ParameterStore::plan(MemoryPlan& memory, DType compute, DType statistics, s
     lay_out_owned(&bucket);
     const std::string name = cat("bucket ", index++);
     memory.add(&bucket.weight, name + " weights", {bucket.elements}, compute, "weights");
-    if (!for_training) continue;
+    if (state == OptimizerState::None) continue;
     memory.add(&bucket.gradient, name + " gradients", {bucket.elements}, statistics, "gradients");
-    if (compute != statistics)
+    if (compute != statistics && state == OptimizerState::Remainders) {
+      memory.add(&bucket.remainder, name + " remainders", {shard}, DType::U16, "optimizer state");
+    } else if (compute != statistics) {
       memory.add(&bucket.master, name + " master", {shard}, statistics, "optimizer state");
+    }
     memory.add(&bucket.m, name + " m", {shard}, statistics, "optimizer state");
     memory.add(&bucket.v, name + " v", {shard}, statistics, "optimizer state");
   }
@@ -135,13 +170,15 @@ void ParameterStore::lay_out_owned(Bucket* bucket) {
 void ParameterStore::initialise(std::uint64_t seed, Backend& backend) {
   constexpr std::int64_t kValues = 1 << 20;
   const Buffer staging(backend, DType::F64, {kValues}, Where::Shared);
+  const Buffer masters(backend, statistics_, {kValues});
   for (const Bucket& bucket : *buckets_) {
     for (const Id id : bucket.parameters) {
       for (std::int64_t begin = 0; begin < specs_[id].local_shape.elements(); begin += kValues) {
         const std::int64_t end = std::min(begin + kValues, specs_[id].local_shape.elements());
         const Tensor values = staging.tensor().flat(0, end - begin);
         initial_values(seed, id, begin, values);
-        write_initial(bucket, id, begin, values, backend);
+        backend.convert(values, masters.tensor().flat(0, end - begin), backend.main_stream());
+        write_initial(bucket, id, begin, masters.tensor().flat(0, end - begin), backend);
       }
     }
   }
@@ -169,21 +206,19 @@ void ParameterStore::initial_values(std::uint64_t seed, Id id, std::int64_t begi
   }
 }
 
-// To the weight, and to what this rank owns of the master, which keeps the digits that the weight rounds
-// away.
-void ParameterStore::write_initial(const Bucket& bucket, Id id, std::int64_t begin, const Tensor& values,
+// To the weight, and to what this rank owns of the masters.
+void ParameterStore::write_initial(const Bucket& bucket, Id id, std::int64_t begin, const Tensor& masters,
                                    Backend& backend) const {
   Stream* const stream = backend.main_stream();
-  const std::int64_t end = begin + values.elements(), all = specs_[id].local_shape.elements();
-  backend.convert(values, weight(id).reshape({all}).flat(begin, end), stream);
+  const std::int64_t end = begin + masters.elements(), all = specs_[id].local_shape.elements();
+  round_masters(masters, weight(id).reshape({all}).flat(begin, end), {}, backend, stream);
   for (const OwnedRange& range : bucket.owned) {
-    if (range.parameter != id || bucket.master.empty()) continue;
+    if (range.parameter != id) continue;
     const std::int64_t first = std::max(begin, range.local_begin);
     const std::int64_t last = std::min(end, range.local_begin + range.length);
     if (first >= last) continue;
-    const std::int64_t place = range.shard_begin + first - range.local_begin;
-    backend.convert(values.flat(first - begin, last - begin), bucket.master.flat(place, place + last - first),
-                    stream);
+    bucket.set_masters(range.shard_begin + first - range.local_begin,
+                       masters.flat(first - begin, last - begin), backend, stream);
   }
   backend.synchronize(stream);
 }

@@ -43,17 +43,20 @@ struct ParameterSpec {
   Communicator* replicas = nullptr;  // the ranks that hold the same part
 };
 
+// What is planned beside the weights (type C). With gradients and moments in the statistics type S, where C
+// is not S the masters are kept apart, in S, or as the 16 bits that a bf16 weight leaves away of them
+// (core/master_weight.h): the same numbers in 2 bytes a parameter instead of 4.
+enum class OptimizerState { None, Masters, Remainders };
+
 class ParameterStore {
  public:
   using Id = int;
 
   // Declares a parameter; before `plan`.
   Id add(ParameterSpec spec);
-  // Lays out buckets of about bucket_bytes of gradient and plans their memory: weights in the compute type C,
-  // gradients, moments and (where C is not S) master weights in the statistics type S. With for_training
-  // false: only weights.
+  // Lays out buckets of about bucket_bytes of gradient and plans their memory.
   void plan(MemoryPlan& memory, DType compute, DType statistics, std::int64_t bucket_bytes,
-            bool for_training);
+            OptimizerState state);
 
   // Sets every weight to its initial value, a function of (seed, name, global element). After commit.
   void initialise(std::uint64_t seed, Backend& backend);
@@ -81,12 +84,19 @@ class ParameterStore {
     int ready_stage = 0;                          // all gradients are complete after this stage
     Communicator* replicas = nullptr;
     Tensor weight, gradient;  // [elements] C, S
-    Tensor master, m, v;      // [owned] S; master only where C is not S
+    Tensor m, v;              // [owned] S
+    Tensor master;            // [owned] S, or
+    Tensor remainder;         // [owned] U16; neither where C is S: the weights are the masters
     std::vector<OwnedRange> owned;
     std::vector<Segment> segments;  // owned ranges as the optimizer operators take them
     Tensor owned_weight() const { return weight.flat(owned_begin, owned_end); }
-    Tensor owned_master() const { return master.empty() ? owned_weight() : master; }
     Tensor owned_gradient() const { return gradient.flat(owned_begin, owned_end); }
+    // The masters where they are a tensor of their own or the weights; empty: there are remainders.
+    Tensor owned_master() const { return remainder.empty() && master.empty() ? owned_weight() : master; }
+    // values [n] S = the masters of owned elements begin .. begin + n. Queued, as is the other.
+    void get_masters(std::int64_t begin, const Tensor& values, Backend& backend, Stream* stream) const;
+    // The other way round; the owned weights are rounded to them.
+    void set_masters(std::int64_t begin, const Tensor& values, Backend& backend, Stream* stream) const;
   };
   // In the order in which the backward pass completes them, the same on all ranks of a bucket's replicas.
   std::vector<Bucket>& buckets() { return *buckets_; }
@@ -99,7 +109,7 @@ class ParameterStore {
 
  private:
   void initial_values(std::uint64_t seed, Id id, std::int64_t begin, const Tensor& values) const;
-  void write_initial(const Bucket& bucket, Id id, std::int64_t begin, const Tensor& values,
+  void write_initial(const Bucket& bucket, Id id, std::int64_t begin, const Tensor& masters,
                      Backend& backend) const;
   void assign_buckets(DType statistics, std::int64_t bucket_bytes);
   void lay_out_owned(Bucket* bucket);
@@ -115,6 +125,7 @@ class ParameterStore {
   // Behind a pointer: the memory plan keeps the addresses of its tensors.
   std::unique_ptr<std::vector<Bucket>> buckets_ = std::make_unique<std::vector<Bucket>>();
   std::vector<GradientRow> table_;
+  DType statistics_ = DType::F32;
 };
 
 }  // namespace hybridmoe

@@ -10,18 +10,46 @@ namespace hybridmoe {
 
 namespace {
 
+// A part of the state: how it is written to a file, and filled from one (part by part, as it is read).
+struct StatePiece {
+  ShardPiece stored;
+  std::function<void(const UsePart& fill)> write;
+};
+
+StatePiece tensor_piece(Trainer& trainer, const Tensor& tensor) {
+  return {{tensor.dtype, tensor.shape,
+           [&trainer, tensor](const UsePart& use) { trainer.host().read(tensor, use); }},
+          [&trainer, tensor](const UsePart& fill) { trainer.host().write(tensor, fill); }};
+}
+
+// The file has the masters themselves, however this run keeps them.
+StatePiece masters_piece(Trainer& trainer, const ParameterStore::Bucket& bucket) {
+  const std::int64_t count = bucket.owned_end - bucket.owned_begin;
+  return {
+      {bucket.m.dtype,
+       {count},
+       [&trainer, &bucket, count](const UsePart& use) { trainer.masters().read(bucket, 0, count, use); }},
+      [&trainer, &bucket, count](const UsePart& fill) { trainer.masters().update(bucket, 0, count, fill); }};
+}
+
 // The arrays of a shard file: state arrays that hold every bucket's owned elements one after the other, and
 // the replicated router biases of rank 0.
-using Pieces = std::map<std::string, std::vector<Tensor>>;
+using State = std::map<std::string, std::vector<StatePiece>>;
 
-Pieces state_of(Trainer& trainer, int rank) {
-  Pieces arrays;
-  for (auto& bucket : trainer.parameters().buckets()) {
-    arrays["master"].push_back(bucket.owned_master());
-    arrays["adam_m"].push_back(bucket.m);
-    arrays["adam_v"].push_back(bucket.v);
+std::vector<StatePiece> biases_of(Trainer& trainer) {
+  std::vector<StatePiece> pieces;
+  for (const Tensor& bias : trainer.router_biases()) pieces.push_back(tensor_piece(trainer, bias));
+  return pieces;
+}
+
+State state_of(Trainer& trainer, int rank) {
+  State arrays;
+  for (const auto& bucket : trainer.parameters().buckets()) {
+    arrays["master"].push_back(masters_piece(trainer, bucket));
+    arrays["adam_m"].push_back(tensor_piece(trainer, bucket.m));
+    arrays["adam_v"].push_back(tensor_piece(trainer, bucket.v));
   }
-  const std::vector<Tensor> biases = trainer.router_biases();
+  const std::vector<StatePiece> biases = biases_of(trainer);
   if (rank == 0 && !biases.empty()) arrays["router_bias"] = biases;
   return arrays;
 }
@@ -100,10 +128,10 @@ void require_same_layout(const std::string& path, const CheckpointManifest& mani
     same = manifest.shard(rank).slice(i).SerializeAsString() == record.slice(i).SerializeAsString();
   }
   for (auto& [name, pieces] : state_of(trainer, rank)) {
+    const DType dtype = pieces.front().stored.dtype;
     std::int64_t bytes = 0;
-    for (const Tensor& piece : pieces) bytes += piece.bytes();
-    same = same && shard.find(name).bytes() == bytes &&
-           shard.find(name).dtype() == name_of(pieces.front().dtype);
+    for (const StatePiece& piece : pieces) bytes += piece.stored.shape.elements() * size_of(dtype);
+    same = same && shard.find(name).bytes() == bytes && shard.find(name).dtype() == name_of(dtype);
   }
   require(
       same, path,
@@ -114,14 +142,16 @@ void require_same_layout(const std::string& path, const CheckpointManifest& mani
 
 ShardRecord write_state(const std::string& run_dir, int rank, Trainer& trainer) {
   std::vector<ShardArray> arrays;
-  for (auto& [name, pieces] : state_of(trainer, rank)) arrays.push_back({name, pieces});
+  for (const auto& [name, pieces] : state_of(trainer, rank)) {
+    std::vector<ShardPiece> stored;
+    for (const StatePiece& piece : pieces) stored.push_back(piece.stored);
+    arrays.push_back({name, std::move(stored)});
+  }
   ShardRecord record;
   record.set_rank(rank);
   record.set_file(shard_name(rank));
   const std::string building = checkpoint_building_path(run_dir, trainer.progress().step);
-  const ShardInfo info =
-      write_shard(building + "/" + record.file(), arrays,
-                  [&](const Tensor& tensor, const auto& use) { trainer.host().read(tensor, use); });
+  const ShardInfo info = write_shard(building + "/" + record.file(), arrays);
   record.set_bytes(info.bytes);
   record.set_checksum(info.checksum);
   add_slices(trainer, &record);
@@ -148,11 +178,11 @@ void write_manifest(const std::string& run_dir, const CheckpointManifest& run,
 
 void read_state(const std::string& path, const CheckpointManifest& manifest, int rank, Trainer& trainer) {
   const auto read = [&](const ShardReader& shard, const std::string& name,
-                        const std::vector<Tensor>& pieces) {
+                        const std::vector<StatePiece>& pieces) {
     shard.verify(name);
     std::int64_t begin = 0;
-    for (const Tensor& piece : pieces) {
-      trainer.host().write(piece, [&](const Tensor& part) {
+    for (const StatePiece& piece : pieces) {
+      piece.write([&](const Tensor& part) {
         shard.read_unverified(name, begin, part);
         begin += part.elements();
       });
@@ -161,9 +191,8 @@ void read_state(const std::string& path, const CheckpointManifest& manifest, int
   const ShardReader shard = open_shard(path, manifest, rank);
   require_same_layout(path, manifest, shard, rank, trainer);
   for (auto& [name, pieces] : state_of(trainer, rank)) read(shard, name, pieces);
-  if (rank != 0 && !trainer.router_biases().empty()) {
-    read(open_shard(path, manifest, 0), "router_bias", trainer.router_biases());
-  }
+  const std::vector<StatePiece> biases = biases_of(trainer);
+  if (rank != 0 && !biases.empty()) read(open_shard(path, manifest, 0), "router_bias", biases);
 }
 
 }  // namespace

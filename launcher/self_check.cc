@@ -119,7 +119,7 @@ std::vector<bool> compare_masters(const ParameterStore& parameters, const Parame
       const std::int64_t n = std::min(range.length - done, rounded.elements());
       const std::int64_t begin = range.shard_begin + done;
       const Tensor expected = rounded.flat(0, n), actual = weights.flat(begin, begin + n);
-      backend.convert(bucket.master.flat(begin, begin + n), expected, nullptr);
+      backend.split_master({.master = bucket.master.flat(begin, begin + n), .weight = expected}, nullptr);
       equal = hash_of(expected, host) == hash_of(actual, host);
       done += n;
     }

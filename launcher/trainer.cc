@@ -36,6 +36,22 @@ class Stopwatch {
 
 }  // namespace
 
+namespace {
+
+// Memory is what a GPU is short of; on a CPU checks find more with masters apart.
+OptimizerState optimizer_state(const Config& config, const Backend& backend) {
+  switch (config.optimizer().master_weights()) {
+    case OptimizerConfig::FP32:
+      return OptimizerState::Masters;
+    case OptimizerConfig::REMAINDERS:
+      return OptimizerState::Remainders;
+    default:
+      return backend.device() == Device::CPU ? OptimizerState::Masters : OptimizerState::Remainders;
+  }
+}
+
+}  // namespace
+
 Trainer::Trainer(const Config& config, const Dataset& data, Backend& backend, const Groups& groups,
                  RowExchange* exchange)
     : config_(config),
@@ -43,6 +59,7 @@ Trainer::Trainer(const Config& config, const Dataset& data, Backend& backend, co
       backend_(backend),
       groups_(groups),
       host_(backend),
+      masters_(backend, host_),
       model_(config.model(), config.optimizer(), backend, groups, exchange, parameters_),
       sync_(parameters_),
       meter_(config, parameters_, groups, backend, host_),
@@ -57,7 +74,7 @@ Trainer::Trainer(const Config& config, const Dataset& data, Backend& backend, co
   local_sequences_ = batch.micro_batch_sequences() / ranks;
 
   parameters_.plan(memory_, backend.compute_type(), backend.statistics_type(),
-                   config.parallel().bucket_bytes(), true);
+                   config.parallel().bucket_bytes(), optimizer_state(config, backend));
   model_.set_layer_statistics(meter_.on());
   model_.plan(memory_, {.sequences = local_sequences_, .length = length_});
   const std::int64_t tokens = micro_batches_ * local_sequences_ * length_;
@@ -292,6 +309,7 @@ void Trainer::update(StepResult* result) {
     backend_.adamw({.grad = bucket.owned_gradient(),
                     .master = bucket.owned_master(),
                     .weight = bucket.owned_weight(),
+                    .remainder = bucket.remainder,
                     .m = bucket.m,
                     .v = bucket.v,
                     .segments = &bucket.segments,
@@ -396,9 +414,6 @@ Evaluation Trainer::evaluate() {
 }
 
 void Trainer::restored() {
-  for (auto& bucket : parameters_.buckets()) {
-    if (!bucket.master.empty()) backend_.convert(bucket.master, bucket.owned_weight(), nullptr);
-  }
   sync_.gather_weights();
   sync_.wait_weights();
 }

@@ -11,6 +11,7 @@
 #include "core/backend.h"
 #include "core/data/dataset.h"
 #include "core/groups.h"
+#include "core/host_masters.h"
 #include "core/host_parts.h"
 #include "core/memory_plan.h"
 #include "core/mirrored.h"
@@ -86,8 +87,7 @@ class Trainer {
   // Mean cross-entropy over the held-out split (evaluation.sequences of it). Changes no state.
   Evaluation evaluate();
 
-  // After weights' masters, moments, biases and progress were restored: rounds the owned weights and gathers
-  // the rest.
+  // After masters, moments, biases and progress were restored: gathers the weights that others own.
   void restored();
 
   const Config& config() const { return config_; }
@@ -99,6 +99,7 @@ class Trainer {
   std::vector<Tensor> router_biases();
   const StepMeter& meter() const { return meter_; }
   HostParts& host() { return host_; }  // how the host reads and writes its tensors
+  HostMasters& masters() { return masters_; }
   // See StepMeter::pause: for comparisons within one process. Not collective.
   void pause_measuring(bool paused) {
     meter_.pause(paused);
@@ -128,6 +129,7 @@ class Trainer {
   Backend& backend_;
   Groups groups_;
   HostParts host_;
+  HostMasters masters_;
   MemoryPlan memory_;
   ParameterStore parameters_;
   Transformer model_;

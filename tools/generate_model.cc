@@ -36,7 +36,12 @@ void fill(Backend& backend, DType source, const Tensor& target, const Read& read
     const std::int64_t end = std::min(elements, begin + kLoadElements);
     const Tensor piece(buffer.data(), source, {end - begin});
     read(begin, piece);
-    backend.convert(piece, target.flat(begin, end), backend.main_stream());
+    // To bf16 as training rounds its masters.
+    if (source == DType::F32 && target.dtype == DType::BF16) {
+      backend.split_master({.master = piece, .weight = target.flat(begin, end)}, backend.main_stream());
+    } else {
+      backend.convert(piece, target.flat(begin, end), backend.main_stream());
+    }
     backend.synchronize(backend.main_stream());
   }
 }
@@ -59,7 +64,7 @@ InferenceModel::InferenceModel(CheckpointReader& checkpoint, const Options& opti
   transformer_ = std::make_unique<Transformer>(model, config_.optimizer(), *backend_, groups, exchange_.get(),
                                                parameters_);
   parameters_.plan(memory_, backend_->compute_type(), backend_->statistics_type(),
-                   config_.parallel().bucket_bytes(), false);
+                   config_.parallel().bucket_bytes(), OptimizerState::None);
   transformer_->plan(memory_, size_);
   memory_.commit(*backend_);
   transformer_->prepare();

@@ -129,7 +129,8 @@ MoeLayerTrial::MoeLayerTrial(const Config& config, Backend& backend, const Group
   layer_.plan_activations(memory_, rows);
   layer_.plan_temporaries(memory_, rows, true);
   exchange_->declare_shared(memory_, rows, model.d_model());
-  parameters_.plan(memory_, backend.compute_type(), backend.statistics_type(), std::int64_t{1} << 24, true);
+  parameters_.plan(memory_, backend.compute_type(), backend.statistics_type(), std::int64_t{1} << 24,
+                   OptimizerState::Masters);
   for (Tensor* tensor : {&x_, &out_, &d_}) {
     memory_.add(tensor, "trial rows", {rows, model.d_model()}, backend.compute_type(), "trial");
   }

@@ -136,7 +136,11 @@ class BenchTrainer {
         const Shape& shape = parameters.spec(range.parameter).global_shape;
         const std::int64_t end =
             std::clamp<std::int64_t>(shape.elements() / 4 - range.global_begin, 0, range.length);
-        scale(bucket.owned_master().flat(range.shard_begin, range.shard_begin + end), factor);
+        trainer_->masters().update(bucket, range.shard_begin, range.shard_begin + end,
+                                   [&](const Tensor& part) {
+                                     for (std::int64_t i = 0; i < part.elements(); ++i)
+                                       part.ptr<float>()[i] *= static_cast<float>(factor);
+                                   });
       }
     }
     trainer_->restored();
@@ -144,12 +148,6 @@ class BenchTrainer {
   std::string folder() const { return tokens_.folder(); }
 
  private:
-  void scale(const Tensor& values, double factor) {
-    trainer_->host().update(values, [&](const Tensor& part) {
-      for (std::int64_t i = 0; i < part.elements(); ++i) part.ptr<float>()[i] *= static_cast<float>(factor);
-    });
-  }
-
   Config config_;
   RandomTokens tokens_;
   std::unique_ptr<Dataset> dataset_;

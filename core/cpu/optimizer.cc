@@ -8,18 +8,20 @@
 #include "core/cpu/cpu_backend.h"
 #include "core/cpu/parallel.h"
 #include "core/cpu/vector_math.h"
+#include "core/master_weight.h"
 
 namespace hybridmoe::cpu {
 namespace {
 
 using Block = ElementBlock;
 
+constexpr std::int64_t kBlockElements = 16384;  // 64 KiB of fp32
+
 void cut_blocks(const std::vector<Segment>& segments, std::vector<Block>& blocks) {
-  constexpr std::int64_t kElements = 16384;  // 64 KiB of fp32
   blocks.clear();
   for (const Segment& segment : segments) {
-    for (std::int64_t begin = segment.begin; begin < segment.end; begin += kElements) {
-      blocks.push_back({begin, std::min(begin + kElements, segment.end), &segment, {}, 0});
+    for (std::int64_t begin = segment.begin; begin < segment.end; begin += kBlockElements) {
+      blocks.push_back({begin, std::min(begin + kBlockElements, segment.end), &segment, {}, 0});
     }
   }
 }
@@ -61,14 +63,47 @@ Update update_of(const AdamW& op) {
           std::max(static_cast<float>(op.eps * op.eps), std::numeric_limits<float>::min())};
 }
 
-// C is BFloat16 where the weights are kept apart from the master copy.
-template <class C>
+// Where a block's master weights come from and go to. In the weights themselves:
+struct MasterIsWeight {
+  float* weight;
+
+  explicit MasterIsWeight(const AdamW& op) : weight(op.weight.ptr<float>()) {}
+  float get(std::int64_t i) const { return weight[i]; }
+  void set(std::int64_t i, float value) const { weight[i] = value; }
+};
+// Beside bf16 weights:
+struct MasterApart {
+  float* master;
+  BFloat16* weight;
+
+  explicit MasterApart(const AdamW& op) : master(op.master.ptr<float>()), weight(op.weight.ptr<BFloat16>()) {}
+  float get(std::int64_t i) const { return master[i]; }
+  void set(std::int64_t i, float value) const {
+    master[i] = value;
+    weight[i].bits = split_master(std::bit_cast<std::uint32_t>(value)).weight;
+  }
+};
+// In bf16 weights and their remainders:
+struct MasterInHalves {
+  BFloat16* weight;
+  std::uint16_t* remainder;
+
+  explicit MasterInHalves(const AdamW& op)
+      : weight(op.weight.ptr<BFloat16>()), remainder(op.remainder.ptr<std::uint16_t>()) {}
+  float get(std::int64_t i) const { return std::bit_cast<float>(join_master(weight[i].bits, remainder[i])); }
+  void set(std::int64_t i, float value) const {
+    const MasterHalves halves = split_master(std::bit_cast<std::uint32_t>(value));
+    weight[i].bits = halves.weight;
+    remainder[i] = halves.remainder;
+  }
+};
+
+template <class Master>
 void update_block(const AdamW& op, const Update& u, Block& block) {
+  const Master master(op);
   const float* grad = op.grad.ptr<float>();
-  float* master = op.master.ptr<float>();
   float* first = op.m.ptr<float>();
   float* second = op.v.ptr<float>();
-  C* weight = op.weight.ptr<C>();
   const float decay = block.segment->decay ? u.decay : 0.f;
   // Short sums in fp32, their sum in double: converting every term would cost as much as the update itself.
   constexpr std::int64_t kTerms = 1024;
@@ -83,12 +118,12 @@ void update_block(const AdamW& op, const Update& u, Block& block) {
       const float v = u.beta2 * second[i] + u.one_minus_beta2 * g * g;
       const float second_moment = v * u.correction2;
       const float step = m * u.correction1 / (std::sqrt(second_moment) + u.eps);
-      const float change = u.rate * (step + decay * master[i]);
-      const float value = master[i] - change;
+      const float before = master.get(i);
+      const float change = u.rate * (step + decay * before);
+      const float value = before - change;
       first[i] = m;
       second[i] = v;
-      master[i] = value;
-      if constexpr (!std::is_same_v<C, float>) weight[i] = from_float<C>(value);
+      master.set(i, value);
       weights += value * value;
       updates += change * change;
       ratios += g * g / (second_moment > u.least_second ? second_moment : u.least_second);
@@ -96,9 +131,6 @@ void update_block(const AdamW& op, const Update& u, Block& block) {
     sums[kParamSquares] += static_cast<double>(weights);
     sums[kUpdateSquares] += static_cast<double>(updates);
     sums[kAdamSquares] += static_cast<double>(ratios);
-  }
-  if constexpr (std::is_same_v<C, float>) {
-    if (weight != master) std::copy(master + block.begin, master + block.end, weight + block.begin);
   }
   std::copy_n(sums, kUpdateColumns, block.sum);
 }
@@ -142,13 +174,16 @@ void CpuBackend::step_scalars(const StepScalars& op, Stream*) {
 
 void CpuBackend::adamw(const AdamW& op, Stream*) {
   if (op.scalars.ptr<double>()[kSkip] != 0) return;
+  const bool apart = op.weight.dtype == DType::BF16;
+  require(apart || op.master.data == op.weight.data, "adamw: fp32 weights are their own masters");
   const Update update = update_of(op);
   cut_blocks(*op.segments, blocks_);
+  const auto update_one = !op.remainder.empty() ? update_block<MasterInHalves>
+                          : apart               ? update_block<MasterApart>
+                                                : update_block<MasterIsWeight>;
   parallel_ranges(options_.threads, static_cast<std::int64_t>(blocks_.size()), 1,
                   [&](std::int64_t begin, std::int64_t end, int) {
-                    for (std::int64_t b = begin; b < end; ++b) {
-                      with_compute_type([&]<class C>(C) { update_block<C>(op, update, blocks_[b]); });
-                    }
+                    for (std::int64_t b = begin; b < end; ++b) update_one(op, update, blocks_[b]);
                   });
   if (!op.table.empty()) {
     for (const Block& block : blocks_) {
@@ -157,6 +192,31 @@ void CpuBackend::adamw(const AdamW& op, Stream*) {
     }
   }
   progress();
+}
+
+void CpuBackend::split_master(const SplitMaster& op, Stream*) {
+  const float* master = op.master.ptr<float>();
+  BFloat16* weight = op.weight.ptr<BFloat16>();
+  std::uint16_t* remainder = op.remainder.empty() ? nullptr : op.remainder.ptr<std::uint16_t>();
+  parallel_ranges(
+      options_.threads, op.master.elements(), kBlockElements, [&](std::int64_t begin, std::int64_t end, int) {
+        for (std::int64_t i = begin; i < end; ++i) {
+          const MasterHalves halves = hybridmoe::split_master(std::bit_cast<std::uint32_t>(master[i]));
+          weight[i].bits = halves.weight;
+          if (remainder != nullptr) remainder[i] = halves.remainder;
+        }
+      });
+}
+
+void CpuBackend::join_master(const JoinMaster& op, Stream*) {
+  const BFloat16* weight = op.weight.ptr<BFloat16>();
+  const std::uint16_t* remainder = op.remainder.ptr<std::uint16_t>();
+  float* master = op.master.ptr<float>();
+  parallel_ranges(options_.threads, op.master.elements(), kBlockElements,
+                  [&](std::int64_t begin, std::int64_t end, int) {
+                    for (std::int64_t i = begin; i < end; ++i)
+                      master[i] = std::bit_cast<float>(hybridmoe::join_master(weight[i].bits, remainder[i]));
+                  });
 }
 
 }  // namespace hybridmoe::cpu

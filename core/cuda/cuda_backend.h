@@ -85,6 +85,8 @@ class CudaBackend final : public Backend {
   void grad_table(const GradTable&, Stream*) override;
   void step_scalars(const StepScalars&, Stream*) override;
   void adamw(const AdamW&, Stream*) override;
+  void split_master(const SplitMaster&, Stream*) override;
+  void join_master(const JoinMaster&, Stream*) override;
 
  private:
   // Memory for partial results of one operator: valid until the next call. Never shrinks.

@@ -5,6 +5,7 @@
 #include "core/cuda/cuda_backend.h"
 #include "core/cuda/reduce.h"
 #include "core/cuda/rows.h"
+#include "core/master_weight.h"
 
 namespace hybridmoe::cuda {
 namespace {
@@ -96,12 +97,54 @@ struct StepScalarsKernel {
   }
 };
 
-template <class C>
+// A float's bits and back, on either side.
+HYBRIDMOE_DEVICE std::uint32_t bits_of(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+HYBRIDMOE_DEVICE float float_of(std::uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Where the master weights come from and go to: in the weights themselves, ...
+struct MasterIsWeight {
+  float* weight;
+  HYBRIDMOE_DEVICE float get(std::int64_t i) const { return weight[i]; }
+  HYBRIDMOE_DEVICE void set(std::int64_t i, float value) const { weight[i] = value; }
+};
+// ... beside bf16 weights, ...
+struct MasterApart {
+  float* master;
+  BFloat16* weight;
+  HYBRIDMOE_DEVICE float get(std::int64_t i) const { return master[i]; }
+  HYBRIDMOE_DEVICE void set(std::int64_t i, float value) const {
+    master[i] = value;
+    weight[i].bits = hybridmoe::split_master(bits_of(value)).weight;
+  }
+};
+// ... or in bf16 weights and their remainders.
+struct MasterInHalves {
+  BFloat16* weight;
+  std::uint16_t* remainder;  // null: to be set only, and left away
+  HYBRIDMOE_DEVICE float get(std::int64_t i) const {
+    return float_of(hybridmoe::join_master(weight[i].bits, remainder[i]));
+  }
+  HYBRIDMOE_DEVICE void set(std::int64_t i, float value) const {
+    const MasterHalves halves = hybridmoe::split_master(bits_of(value));
+    weight[i].bits = halves.weight;
+    if (remainder != nullptr) remainder[i] = halves.remainder;
+  }
+};
+
+template <class Master>
 struct AdamWKernel {
   static constexpr int kThreads = 256;
+  Master master;
   const float* grad;
-  float *master, *m, *v;
-  C* weight;
+  float *m, *v;
   const SegmentBlock* blocks;
   const double* scalars;
   float beta1, new1, beta2, new2, eps, weight_decay;  // new: 1 - beta
@@ -122,12 +165,12 @@ struct AdamWKernel {
         const float g = clip * grad[i];
         const float m_new = beta1 * m[i] + new1 * g, v_new = beta2 * v[i] + new2 * g * g;
         const float m_hat = m_new * correct1, v_hat = v_new * correct2;
-        const float update = rate * (m_hat / (sqrtf(v_hat) + eps) + decay * master[i]);
-        const float value = master[i] - update;
+        const float before = master.get(i);
+        const float update = rate * (m_hat / (sqrtf(v_hat) + eps) + decay * before);
+        const float value = before - update;
         m[i] = m_new;
         v[i] = v_new;
-        master[i] = value;
-        weight[i] = rounded<C>(value);
+        master.set(i, value);
         part[kParamSquares] += value * value;
         part[kUpdateSquares] += update * update;
         // Above zero whatever eps is: an element that never had a gradient adds 0, not 0/0.
@@ -146,6 +189,27 @@ struct AdamWKernel {
     }
   }
 };
+
+template <class From, class To>
+struct CopyMasters {
+  static constexpr int kThreads = 256;
+  From from;
+  To to;
+  std::int64_t count;
+
+  HYBRIDMOE_DEVICE void operator()() const {
+    const std::int64_t i = block_x() * block_threads() + thread_index();
+    if (i < count) to.set(i, from.get(i));
+  }
+};
+
+template <class From, class To>
+void copy_masters(const From& from, const To& to, std::int64_t count, Stream* stream) {
+  using Kernel = CopyMasters<From, To>;
+  if (count > 0)
+    launch(Kernel{from, to, count}, {.x = divide_up(count, Kernel::kThreads), .threads = Kernel::kThreads},
+           stream);
+}
 
 constexpr std::size_t kScratchBytes = 32 * sizeof(double);  // of over_block
 
@@ -193,17 +257,35 @@ void CudaBackend::adamw(const AdamW& op, Stream* stream) {
   const SegmentBlocks& blocks = blocks_of(*op.segments, stream);
   if (blocks.count() == 0) return;
   double* partial = op.table.empty() ? nullptr : workspace<double>(kUpdateColumns * blocks.count(), stream);
-  with_type(compute_type_, [&]<class C>(C) {
-    using Kernel = AdamWKernel<C>;
-    launch(Kernel{elements<const float>(op.grad), elements<float>(op.master), elements<float>(op.m),
-                  elements<float>(op.v), elements<C>(op.weight), blocks.blocks(),
-                  elements<const double>(op.scalars), static_cast<float>(op.beta1),
+  const auto start = [&]<class Master>(const Master& master) {
+    using Kernel = AdamWKernel<Master>;
+    launch(Kernel{master, elements<const float>(op.grad), elements<float>(op.m), elements<float>(op.v),
+                  blocks.blocks(), elements<const double>(op.scalars), static_cast<float>(op.beta1),
                   static_cast<float>(1 - op.beta1), static_cast<float>(op.beta2),
                   static_cast<float>(1 - op.beta2), static_cast<float>(op.eps),
                   static_cast<float>(op.weight_decay), partial},
            {.x = blocks.count(), .threads = Kernel::kThreads, .shared_bytes = kScratchBytes}, stream);
-  });
+  };
+  if (op.weight.dtype == DType::F32) {
+    require(op.master.data == op.weight.data, "adamw: fp32 weights are their own masters");
+    start(MasterIsWeight{elements<float>(op.weight)});
+  } else if (op.remainder.empty()) {
+    start(MasterApart{elements<float>(op.master), elements<BFloat16>(op.weight)});
+  } else {
+    start(MasterInHalves{elements<BFloat16>(op.weight), elements<std::uint16_t>(op.remainder)});
+  }
   if (partial != nullptr) join_rows<Plus>(blocks, partial, kUpdateColumns, op.table, stream);
+}
+
+void CudaBackend::split_master(const SplitMaster& op, Stream* stream) {
+  copy_masters(MasterIsWeight{elements<float>(op.master)},
+               MasterInHalves{elements<BFloat16>(op.weight), elements<std::uint16_t>(op.remainder)},
+               op.master.elements(), stream);
+}
+
+void CudaBackend::join_master(const JoinMaster& op, Stream* stream) {
+  copy_masters(MasterInHalves{elements<BFloat16>(op.weight), elements<std::uint16_t>(op.remainder)},
+               MasterIsWeight{elements<float>(op.master)}, op.master.elements(), stream);
 }
 
 }  // namespace hybridmoe::cuda

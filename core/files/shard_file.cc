@@ -31,28 +31,28 @@ void for_chunks(std::string_view bytes, const Use& use) {
   for (std::size_t at = 0; at < bytes.size(); at += kChunkBytes) use(bytes.substr(at, kChunkBytes));
 }
 
-void write_array(AtomicFile* file, const ShardArray& array, const ReadParts& read, ShardTable::Array* entry) {
+void write_array(AtomicFile* file, const ShardArray& array, ShardTable::Array* entry) {
   const std::int64_t gap = (kPayloadAlignment - file->bytes() % kPayloadAlignment) % kPayloadAlignment;
   file->write(std::string(static_cast<std::size_t>(gap), '\0'));
   entry->set_name(array.name);
   entry->set_offset(file->bytes());
   Xxh3Stream hash;
   std::int64_t elements = 0;
-  for (const Tensor& piece : array.pieces) {
-    require(piece.contiguous() && piece.dtype == array.pieces.front().dtype &&
-                (piece.device == Device::CPU || read),
-            "array ", array.name, ": contiguous tensors of one type in host memory were expected");
-    elements += piece.elements();
-    const auto write = [&](const Tensor& in_memory) {
+  for (const ShardPiece& piece : array.pieces) {
+    elements += piece.shape.elements();
+    piece.read([&](const Tensor& in_memory) {
       for_chunks(bytes_of(in_memory), [&](std::string_view part) {
         hash.add(part);
         file->write(part);
       });
-    };
-    piece.device == Device::CPU ? write(piece) : read(piece, write);
+    });
+    require(piece.dtype == array.pieces.front().dtype &&
+                file->bytes() - entry->offset() == elements * size_of(piece.dtype),
+            "array ", array.name, ": pieces of one type, of ", elements,
+            " elements up to here, were expected");
   }
   require(!array.pieces.empty(), "array ", array.name, " has no pieces");
-  const Tensor& only = array.pieces.front();
+  const ShardPiece& only = array.pieces.front();
   entry->set_dtype(name_of(only.dtype));
   if (array.pieces.size() == 1) {
     for (int i = 0; i < only.shape.rank; ++i) entry->add_shape(only.shape[i]);
@@ -73,12 +73,20 @@ DType dtype_from_name(const std::string& name) {
   throw Error(cat("\"", name, "\" is no element type"));
 }
 
-ShardInfo write_shard(const std::string& path, std::span<const ShardArray> arrays, const ReadParts& read) {
+ShardPiece::ShardPiece(const Tensor& in_host_memory)
+    : dtype(in_host_memory.dtype),
+      shape(in_host_memory.shape),
+      read([in_host_memory](const UsePart& use) { use(in_host_memory); }) {
+  require(in_host_memory.contiguous() && in_host_memory.device == Device::CPU,
+          "a contiguous tensor in host memory was expected");
+}
+
+ShardInfo write_shard(const std::string& path, std::span<const ShardArray> arrays) {
   AtomicFile file(path);
   file.write({kMagic, kMagicBytes});
   ShardTable table;
   table.set_format_version(kShardVersion);
-  for (const ShardArray& array : arrays) write_array(&file, array, read, table.add_array());
+  for (const ShardArray& array : arrays) write_array(&file, array, table.add_array());
   const std::string text = table.SerializeAsString();
   Trailer trailer{text.size(), xxh3(text), {}};
   std::memcpy(trailer.magic, kMagic, kMagicBytes);

@@ -18,11 +18,24 @@
 
 namespace hybridmoe {
 
-struct ShardArray {
-  std::string name;            // "master", "adam_m"
-  std::vector<Tensor> pieces;  // one behind the other in the file; each contiguous, of one type
+// Takes consecutive flat parts of something, in host memory.
+using UsePart = std::function<void(const Tensor& part)>;
 
-  ShardArray(std::string name_in, std::vector<Tensor> pieces_in)
+struct ShardPiece {
+  DType dtype = DType::F32;
+  Shape shape;
+  std::function<void(const UsePart& use)> read;  // calls use(part) for all of it
+
+  ShardPiece(DType dtype_in, const Shape& shape_in, std::function<void(const UsePart&)> read_in)
+      : dtype(dtype_in), shape(shape_in), read(std::move(read_in)) {}
+  ShardPiece(const Tensor& in_host_memory);  // contiguous
+};
+
+struct ShardArray {
+  std::string name;                // "master", "adam_m"
+  std::vector<ShardPiece> pieces;  // one behind the other in the file, all of one type
+
+  ShardArray(std::string name_in, std::vector<ShardPiece> pieces_in)
       : name(std::move(name_in)), pieces(std::move(pieces_in)) {}
   ShardArray(std::string name_in, const Tensor& whole) : name(std::move(name_in)), pieces{whole} {}
 };
@@ -33,14 +46,9 @@ struct ShardInfo {
   std::uint64_t checksum = 0;
 };
 
-// Calls use(part) for consecutive flat parts of a tensor, in host memory.
-using ReadParts =
-    std::function<void(const Tensor& tensor, const std::function<void(const Tensor& part)>& use)>;
-
 // Writes the file aside, syncs and renames it. Throws Error, and then there is no file of that name or the
-// old one. `read` is needed where pieces lie elsewhere than in host memory.
-ShardInfo write_shard(const std::string& path, std::span<const ShardArray> arrays,
-                      const ReadParts& read = {});
+// old one.
+ShardInfo write_shard(const std::string& path, std::span<const ShardArray> arrays);
 
 class ShardReader {
  public:

@@ -52,17 +52,33 @@ struct StepScalars {
 enum UpdateColumn : int { kParamSquares, kUpdateSquares, kAdamSquares, kUpdateColumns };
 
 // With g = clip · grad: m = β1 m + (1-β1) g; v = β2 v + (1-β2) g²; master -= lr · (m̂ / (√v̂ + eps) + decay ·
-// master); weight = master rounded to C. Nothing changes when scalars[kSkip] is not 0.
+// master); weight = master rounded to C, as SplitMaster does. Nothing changes when scalars[kSkip] is not 0.
 struct AdamW {
-  Tensor grad;                                     // [m] S
-  Tensor master;                                   // [m] S
-  Tensor weight;                                   // [m] C; the same memory as master where C = S
-  Tensor m, v;                                     // [m] S
+  Tensor grad;            // [m] S
+  Tensor master = {};     // [m] S; empty: what weight and remainder say
+  Tensor weight;          // [m] C; the same memory as master where C = S
+  Tensor remainder = {};  // [m] U16, in the place of master; changes no bit of the result
+  Tensor m, v;            // [m] S
   const std::vector<Segment>* segments = nullptr;  // which elements, and whether they decay
   Tensor scalars;                                  // [kStepScalars] F64
   double beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1;
   // [rows, kUpdateColumns] F64 +=, optional: Σ (master after the update)², Σ (lr · …)², Σ g² / max(v̂, eps²)
   Tensor table = {};
+};
+
+// weight = master rounded to bf16, halves away from zero; remainder = what master has beyond it
+// (core/master_weight.h).
+struct SplitMaster {
+  Tensor master;          // [m] F32
+  Tensor weight;          // [m] BF16 =
+  Tensor remainder = {};  // [m] U16 =, optional
+};
+
+// The master that was split.
+struct JoinMaster {
+  Tensor weight;     // [m] BF16
+  Tensor remainder;  // [m] U16
+  Tensor master;     // [m] F32 =
 };
 
 class Optimizer {
@@ -71,6 +87,8 @@ class Optimizer {
   virtual void grad_table(const GradTable&, Stream*) = 0;
   virtual void step_scalars(const StepScalars&, Stream*) = 0;
   virtual void adamw(const AdamW&, Stream*) = 0;
+  virtual void split_master(const SplitMaster&, Stream*) = 0;
+  virtual void join_master(const JoinMaster&, Stream*) = 0;
 };
 
 }  // namespace hybridmoe

@@ -1,8 +1,10 @@
 // The gradient table, the step's scalars and AdamW.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 
+#include "core/master_weight.h"
 #include "core/reference/reference.h"
 
 namespace hybridmoe::reference {
@@ -71,6 +73,23 @@ void ReferenceBackend::adamw(const AdamW& op, Stream*) {
     table[segment.row][kParamSquares] += squares;
     table[segment.row][kUpdateSquares] += update_squares;
     table[segment.row][kAdamSquares] += adam_squares;
+  }
+}
+
+// Of a model in double precision there are no masters; these serve others' tensors in host memory.
+void ReferenceBackend::split_master(const SplitMaster& op, Stream*) {
+  for (std::int64_t i = 0; i < op.master.elements(); ++i) {
+    const MasterHalves halves =
+        hybridmoe::split_master(std::bit_cast<std::uint32_t>(op.master.ptr<float>()[i]));
+    op.weight.ptr<BFloat16>()[i].bits = halves.weight;
+    if (!op.remainder.empty()) op.remainder.ptr<std::uint16_t>()[i] = halves.remainder;
+  }
+}
+
+void ReferenceBackend::join_master(const JoinMaster& op, Stream*) {
+  for (std::int64_t i = 0; i < op.master.elements(); ++i) {
+    op.master.ptr<float>()[i] = std::bit_cast<float>(
+        hybridmoe::join_master(op.weight.ptr<BFloat16>()[i].bits, op.remainder.ptr<std::uint16_t>()[i]));
   }
 }
 

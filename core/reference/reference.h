@@ -82,6 +82,8 @@ class ReferenceBackend : public Backend {
   void grad_table(const GradTable&, Stream*) override;
   void step_scalars(const StepScalars&, Stream*) override;
   void adamw(const AdamW&, Stream*) override;
+  void split_master(const SplitMaster&, Stream*) override;
+  void join_master(const JoinMaster&, Stream*) override;
 };
 
 }  // namespace hybridmoe::reference

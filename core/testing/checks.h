@@ -26,4 +26,8 @@ std::vector<std::string> check_parity(const OperatorCase& c, Backend& reference,
 // gradient plus 1e-9 · max(1, |loss|). Of large inputs, a sample of elements is taken.
 std::vector<std::string> check_gradients(const OperatorCase& c, Backend& reference);
 
+// Of a backend in bf16: masters that were split come back, the weights are the nearest of the type, and
+// updates with remainders give the bits that updates with masters give.
+std::vector<std::string> check_remainders(Backend& backend);
+
 }  // namespace hybridmoe::testing

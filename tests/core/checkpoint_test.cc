@@ -120,7 +120,7 @@ TEST(ShardFile, PiecesLieOneBehindTheOther) {
   const TemporaryDirectory directory;
   std::vector<float> a = numbers(5), none, b = numbers(7, 5), whole(12);
   const std::vector<ShardArray> arrays = {
-      {"x", std::vector<Tensor>{tensor_of(a), tensor_of(none), tensor_of(b)}}};
+      {"x", std::vector<ShardPiece>{tensor_of(a), tensor_of(none), tensor_of(b)}}};
   write_shard(directory.file("shard"), arrays);
   const ShardReader reader(directory.file("shard"));
   EXPECT_EQ(reader.find("x").shape(0), 12);
@@ -128,7 +128,7 @@ TEST(ShardFile, PiecesLieOneBehindTheOther) {
   EXPECT_EQ(whole, numbers(12));
   std::vector<double> other = {1};
   const std::vector<ShardArray> mixed = {
-      {"x", std::vector<Tensor>{tensor_of(a), Tensor(other.data(), DType::F64, {1})}}};
+      {"x", std::vector<ShardPiece>{tensor_of(a), Tensor(other.data(), DType::F64, {1})}}};
   EXPECT_THROW(write_shard(directory.file("mixed"), mixed), Error);
   EXPECT_FALSE(fs::exists(directory.file("mixed")));
 }

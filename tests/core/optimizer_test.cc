@@ -1,10 +1,14 @@
 // Whole optimizer steps against the definition: moments as sums over all past gradients (arXiv 1711.05101,
 // algorithm 2, and 1412.6980, section 3), the norm over all elements, clipping before the moments.
+#include <bit>
 #include <cmath>
 #include <gtest/gtest.h>
 
 #include "core/backend.h"
+#include "core/master_weight.h"
 #include "core/random.h"
+#include "core/testing/checks.h"
+#include "tests/core/operator_cases.h"
 
 namespace hybridmoe {
 namespace {
@@ -147,6 +151,31 @@ TEST(OptimizerStep, ReferenceFollowsTheDefinition) {
 TEST(OptimizerStep, CpuFollowsTheDefinition) {
   Steps<float>{make_cpu_backend({})}.expect_definition(2e-6);
   Steps<float>{make_cpu_backend({})}.expect_skip(2e-6);
+}
+
+TEST(OptimizerStep, RemaindersChangeNoBitOnTheCpu) {
+  for (const int threads : {1, 3}) {
+    const auto backend = make_cpu_backend({.compute_type = DType::BF16, .threads = threads});
+    EXPECT_EQ(testing::lines(testing::check_remainders(*backend)), "");
+  }
+}
+
+// The loop over all numbers that the check samples.
+TEST(MasterWeight, EveryNumberComesBackAndIsRoundedToTheNearest) {
+  std::int64_t wrong = 0;
+  for (std::uint64_t word = 0; word < (std::uint64_t{1} << 32); word += 7) {
+    const auto bits = static_cast<std::uint32_t>(word);
+    const MasterHalves halves = split_master(bits);
+    const std::uint32_t back = join_master(halves.weight, halves.remainder);
+    const auto value = std::bit_cast<float>(bits);
+    if (std::isnan(value)) {
+      wrong += std::isnan(std::bit_cast<float>(back)) && (halves.weight & 0x7fff) > 0x7f80 ? 0 : 1;
+      continue;
+    }
+    const std::uint32_t down = bits & 0xffff0000u, half = bits & 0xffffu;
+    wrong += back == bits && halves.weight == (down >> 16) + (half >= 0x8000u ? 1 : 0) ? 0 : 1;
+  }
+  EXPECT_EQ(wrong, 0);
 }
 
 }  // namespace

@@ -4,7 +4,9 @@
 #include <gtest/gtest.h>
 #include <map>
 #include <memory>
+#include <tuple>
 
+#include "core/buffer.h"
 #include "core/random.h"
 #include "tests/core/fake_communicator.h"
 
@@ -23,7 +25,7 @@ struct Rank {
   ParameterStore store;
 
   Rank(int rank, int ranks, int expert_ranks, std::int64_t bucket_bytes = 600, DType compute = DType::F64,
-       DType statistics = DType::F64)
+       DType statistics = DType::F64, OptimizerState state = OptimizerState::Masters)
       : data(rank, ranks), expert_data(rank / expert_ranks, ranks / expert_ranks) {
     add("embedding", {17, kWidth}, TensorKind::Embedding, -1, 3, 0.1);
     for (int l = 0; l < 2; ++l) {
@@ -32,7 +34,7 @@ struct Rank {
       add_experts(l, rank % expert_ranks, expert_ranks);
     }
     add("final_norm", {kWidth}, TensorKind::FinalNorm, -1, 0, 0);
-    store.plan(memory, compute, statistics, bucket_bytes, true);
+    store.plan(memory, compute, statistics, bucket_bytes, state);
     memory.commit(*backend);
     store.initialise(5, *backend);
   }
@@ -243,26 +245,61 @@ TEST(ParameterStore, BucketsFollowTheBackwardPass) {
   EXPECT_GT(Rank(0, 2, 1, 1).store.buckets().size(), 7u);
 }
 
-TEST(ParameterStore, TheMasterKeepsWhatTheWeightRoundsAway) {
+class MastersOf : public ::testing::TestWithParam<OptimizerState> {};
+
+TEST_P(MastersOf, TheyKeepWhatTheWeightRoundsAway) {
   for (const int r : {0, 1}) {
-    Rank rank(r, 2, 1, 600, DType::BF16, DType::F32);
+    Rank rank(r, 2, 1, 600, DType::BF16, DType::F32, GetParam());
     const Rank exact(0, 1, 1);
     bool rounded = false;
     for (const auto& bucket : rank.store.buckets()) {
-      ASSERT_EQ(bucket.master.elements(), bucket.owned_end - bucket.owned_begin);
+      const std::int64_t owned = bucket.owned_end - bucket.owned_begin;
+      std::vector<float> masters(static_cast<std::size_t>(owned), NAN);
+      bucket.get_masters(0, Tensor(masters.data(), DType::F32, {owned}), *rank.backend, nullptr);
       for (const auto& range : bucket.owned) {
         const double* all = exact.store.weight(range.parameter).ptr<double>();
         for (std::int64_t i = 0; i < range.length; ++i) {
           const auto want = static_cast<float>(all[range.global_begin + i]);
           const auto weight =
               static_cast<float>(bucket.owned_weight().ptr<BFloat16>()[range.shard_begin + i]);
-          EXPECT_EQ(bucket.master.ptr<float>()[range.shard_begin + i], want);
+          EXPECT_EQ(masters[static_cast<std::size_t>(range.shard_begin + i)], want);
           EXPECT_NEAR(weight, want, std::abs(want) / 256);
           rounded = rounded || weight != want;
         }
       }
     }
     EXPECT_TRUE(rounded);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(ParameterStore, MastersOf,
+                         ::testing::Values(OptimizerState::Masters, OptimizerState::Remainders));
+
+// In every form: what is set is what is got, and the weights are rounded to it.
+TEST(ParameterStore, MastersAreSetAsTheyAreGot) {
+  using Form = std::tuple<DType, DType, OptimizerState>;
+  for (const auto& [compute, statistics, state] :
+       {Form{DType::F64, DType::F64, OptimizerState::Masters},
+        Form{DType::F32, DType::F32, OptimizerState::Remainders},
+        Form{DType::BF16, DType::F32, OptimizerState::Masters},
+        Form{DType::BF16, DType::F32, OptimizerState::Remainders}}) {
+    Rank rank(1, 2, 1, 600, compute, statistics, state);
+    const auto& bucket = rank.store.buckets().front();
+    constexpr std::int64_t kBegin = 3, kCount = 7;
+    // 1 + 2^-8 + i 2^-20: the first is half way between two bf16 numbers.
+    std::vector<double> given(kCount), got(kCount, NAN), weights(kCount, NAN);
+    for (std::int64_t i = 0; i < kCount; ++i) given[i] = 1 + 0x1p-8 + static_cast<double>(i) * 0x1p-20;
+    const auto view = [](std::vector<double>& values) { return Tensor(values.data(), DType::F64, {kCount}); };
+    const Buffer masters(*rank.backend, statistics, {kCount});
+    rank.backend->convert(view(given), masters.tensor(), nullptr);
+    bucket.set_masters(kBegin, masters.tensor(), *rank.backend, nullptr);
+    rank.backend->zero(masters.tensor(), nullptr);
+    bucket.get_masters(kBegin, masters.tensor(), *rank.backend, nullptr);
+    rank.backend->convert(masters.tensor(), view(got), nullptr);
+    EXPECT_EQ(got, given);
+    rank.backend->convert(bucket.owned_weight().flat(kBegin, kBegin + kCount), view(weights), nullptr);
+    for (std::int64_t i = 0; i < kCount; ++i)
+      EXPECT_EQ(weights[i], compute == DType::BF16 ? 1 + 0x1p-7 : given[i]) << i;
   }
 }
 
@@ -293,7 +330,7 @@ TEST(ParameterStore, MistakesAreErrors) {
   EXPECT_THROW(store.add(spec), Error);  // the same name
   EXPECT_EQ(store.find("v"), -1);
   MemoryPlan memory;
-  store.plan(memory, DType::F64, DType::F64, 1 << 20, false);
+  store.plan(memory, DType::F64, DType::F64, 1 << 20, OptimizerState::None);
   EXPECT_EQ(memory.by_component().count("gradients"), 0u);
   spec.name = "v";
   EXPECT_THROW(store.add(spec), Error);  // too late

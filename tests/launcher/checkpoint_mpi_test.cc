@@ -21,7 +21,7 @@ const char kSavedText[] =
     "model { layers: 2 d_model: 16 heads: 4 sequence_length: 12 "
     "  moe { experts: 6 top_k: 2 expert_hidden: 8 router { scores: SIGMOID bias_update: 0.01 } } } "
     "batch { sequences: 8 micro_batch_sequences: 4 } data { document_mask: true } "
-    "parallel { bucket_bytes: 4096 } optimizer { learning_rate: 3e-3 } steps: 10 ";
+    "parallel { bucket_bytes: 4096 } steps: 10 ";
 
 // Writes of this process that go beyond `bytes` of a file fail, as on a full disk.
 class FileSizeLimit {
@@ -58,8 +58,9 @@ class CheckpointOfAllRanks : public ::testing::Test {
   }
   ~CheckpointOfAllRanks() override { groups_.world->barrier("nobody needs the directory any more"); }
 
-  std::unique_ptr<TrainerHarness> make(Precision precision) const {
-    return std::make_unique<TrainerHarness>(cat(kSavedText, "precision: ", Precision_Name(precision)),
+  std::unique_ptr<TrainerHarness> make(Precision precision, const std::string& optimizer = "") const {
+    return std::make_unique<TrainerHarness>(cat(kSavedText, "optimizer { learning_rate: 3e-3 ", optimizer,
+                                                " } precision: ", Precision_Name(precision)),
                                             corpus_, &groups_);
   }
   SaveResult save(TrainerHarness& harness, const CheckpointManifest& run = {}) const {
@@ -98,6 +99,35 @@ TEST_F(CheckpointOfAllRanks, ContinuesToTheBit) {
     EXPECT_EQ(after->biases(), through->biases());
     EXPECT_EQ((*after)->progress().samples_consumed, 48);
   }
+}
+
+// Masters and remainders are the same numbers: the same training, and checkpoints that either continues.
+TEST_F(CheckpointOfAllRanks, RemaindersChangeNoBit) {
+  const std::string fp32 = "master_weights: FP32", remainders = "master_weights: REMAINDERS";
+  const auto through = make(BF16, fp32), before = make(BF16, remainders), after = make(BF16, fp32),
+             again = make(BF16, remainders);
+  const auto& halves = (*before)->parameters().buckets().front();
+  EXPECT_TRUE(halves.master.empty() && !halves.remainder.empty());
+  EXPECT_LT((*before)->memory().bytes(), (*through)->memory().bytes());
+  for (int step = 0; step < 4; ++step) {
+    (*through)->step(false);
+    if (step < 2) (*before)->step(false);
+    if (step == 1) {
+      EXPECT_TRUE(before->state() == through->state());
+      EXPECT_EQ(before->weights(), through->weights());
+      ASSERT_TRUE(save(*before).saved);
+      restore(*after);
+      EXPECT_EQ(after->weights(), before->weights());
+    }
+    if (step == 2) {
+      (*after)->step(false);
+      ASSERT_TRUE(save(*after).saved);
+      restore(*again);
+    }
+  }
+  (*again)->step(false);
+  EXPECT_TRUE(again->state() == through->state());
+  EXPECT_EQ(again->weights(), through->weights());
 }
 
 // A resumed run describes itself by the manifest that it resumed from; nothing of that one's shards may stay.

@@ -4,6 +4,7 @@
 
 #include "core/cuda/host_device.h"
 #include "core/cuda_plugin.h"
+#include "core/files/atomic_file.h"
 #include "parallel/thread_communicator.h"
 #include "tests/launcher/layout_oracle.h"
 #include "tests/temporary_directory.h"
@@ -49,10 +50,10 @@ class CudaTraining : public ::testing::TestWithParam<bool> {
 };
 
 // Where the kernels run: on the host executor, or on a GPU.
-testing::Substitutes on(bool gpu) {
+testing::Substitutes on(bool gpu, DType type = DType::F32) {
   testing::Substitutes substitutes;
-  substitutes.backend = gpu ? make_cuda_backend({.compute_type = DType::F32})
-                            : cuda::make_host_executed_backend(DType::F32, true);
+  substitutes.backend =
+      gpu ? make_cuda_backend({.compute_type = type}) : cuda::make_host_executed_backend(type, true);
   return substitutes;
 }
 
@@ -93,6 +94,61 @@ TEST_P(CudaTraining, LayoutsComputeWhatOneProcessComputes) {
       EXPECT_EQ(difference.what(), "") << configuration_text(layout);
     });
   }
+}
+
+// Memory that the host does not reach: masters are put together, and taken apart, on the device.
+TEST_P(CudaTraining, RemaindersChangeNoBit) {
+  const std::string corpus = documents();
+  const auto alone = make_local_communicator();
+  const Groups groups = data_parallel_groups(*alone, *alone);
+  const auto make = [&](const char* masters) {
+    Config config = parse_config_text(
+        cuda_text(), "test",
+        {cat("optimizer.master_weights=", masters), "precision=BF16", "telemetry.check_every=0"});
+    return std::make_unique<TrainerHarness>(config.DebugString(), corpus, &groups,
+                                            on(GetParam(), DType::BF16));
+  };
+  const auto halves = make("AUTO"), apart = make("FP32");
+  EXPECT_FALSE((*halves)->parameters().buckets().front().remainder.empty()) << "the default of a GPU";
+  EXPECT_FALSE((*apart)->parameters().buckets().front().master.empty());
+  for (int step = 0; step < kCudaSteps; ++step) {
+    (*halves)->step(false);
+    (*apart)->step(false);
+    EXPECT_TRUE(halves->state() == apart->state()) << step;
+    if (step > 0) continue;
+    apart->set_state(halves->state(), (*halves)->progress());
+    halves->set_state(apart->state(), (*apart)->progress());
+    EXPECT_EQ(halves->weights(), apart->weights());
+  }
+}
+
+// The figures of docs/gpu.md: OLMoE-1B-7B in micro-batches of 16k tokens on one GPU of 141 GB.
+TEST(CudaMemory, Moe1b7bFitsOneGpuWithRemainders) {
+  const TemporaryDirectory directory;
+  const std::string tokens = directory.file("tokens.bin");
+  write_file_atomically(tokens, std::string(2 * 70000, '\1'));
+  const auto bytes = [&](const char* masters) {
+    Config config =
+        load_config(std::string(HYBRIDMOE_SOURCE_DIR) + "/configs/moe-1b-7b-hybridnorm.textproto",
+                    {"data.file_type=RAW_UINT16", "data.raw_vocabulary=50280",
+                     cat("data.source=[{path: '", tokens, "'}]"), "batch.micro_batch_sequences=4",
+                     "data.held_out=0", "evaluation=", cat("optimizer.master_weights=", masters)});
+    const auto data = Dataset::open(config);
+    complete(&config, data->vocabulary());
+    const auto alone = make_local_communicator();
+    const Groups groups = data_parallel_groups(*alone, *alone);
+    const auto backend = cuda::make_host_executed_backend(DType::BF16, true);
+    const MoeConfig& moe = config.model().moe();
+    const auto exchange =
+        make_row_exchange(*backend, groups, moe.experts(), moe.top_k(), CapacityRule{}, ExchangeOptions{});
+    // Only planned: nothing is allocated before it is started.
+    Trainer trainer(config, *data, *backend, groups, exchange.get());
+    return static_cast<double>(trainer.memory().reserved_bytes());
+  };
+  constexpr double kParameters = 6919069696.0, kDevice = 141e9;
+  const double with_masters = bytes("FP32"), with_remainders = bytes("REMAINDERS");
+  EXPECT_NEAR(with_masters - with_remainders, 2 * kParameters, 1e6);
+  EXPECT_LT(with_remainders, kDevice);
 }
 
 // Several ranks share the GPU.

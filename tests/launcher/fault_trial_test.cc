@@ -67,10 +67,13 @@ std::vector<ParameterStore::Id> parameters_of(Trainer& trainer, int layer) {
 
 void multiply_layer(Trainer& trainer, int layer, float factor) {
   for (const auto& bucket : trainer.parameters().buckets()) {
-    float* master = bucket.owned_master().ptr<float>();
     for (const auto& range : bucket.owned) {
       if (trainer.parameters().spec(range.parameter).layer != layer) continue;
-      for (std::int64_t i = 0; i < range.length; ++i) master[range.shard_begin + i] *= factor;
+      trainer.masters().update(bucket, range.shard_begin, range.shard_begin + range.length,
+                               [&](const Tensor& part) {
+                                 for (std::int64_t i = 0; i < part.elements(); ++i)
+                                   part.ptr<float>()[i] *= factor;
+                               });
     }
   }
   trainer.restored();

@@ -39,7 +39,7 @@ inline std::vector<std::vector<double>> generated_logits(const Config& config, c
   MemoryPlan memory;
   Transformer transformer(model, config.optimizer(), backend, groups, exchange.get(), parameters);
   const Transformer::Size size{.length = 3, .training = false, .cache_positions = 8};
-  parameters.plan(memory, backend.compute_type(), backend.statistics_type(), 1 << 16, false);
+  parameters.plan(memory, backend.compute_type(), backend.statistics_type(), 1 << 16, OptimizerState::None);
   transformer.plan(memory, size);
   memory.commit(backend);
   transformer.prepare();

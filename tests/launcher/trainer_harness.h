@@ -129,9 +129,11 @@ class TrainerHarness {
                         std::vector<double>(n)};
     }
     for (const auto& bucket : parameters.buckets()) {
-      const std::vector<double> gradient = values(bucket.owned_gradient()),
-                                master = values(bucket.owned_master()), m = values(bucket.m),
+      const std::vector<double> gradient = values(bucket.owned_gradient()), m = values(bucket.m),
                                 v = values(bucket.v);
+      std::vector<double> master;
+      trainer_->masters().read(bucket, 0, bucket.owned_end - bucket.owned_begin,
+                               [&](const Tensor& part) { append(part, &master); });
       for (const auto& range : bucket.owned) {
         ParameterState& place = *places[range.parameter];
         for (std::int64_t i = 0; i < range.length; ++i) {
@@ -155,13 +157,17 @@ class TrainerHarness {
 
   // Takes over another trainer's weights and moments, and its progress.
   void set_state(const TrainerState& state, const Progress& progress) {
-    const auto write = [&](const Tensor& target, std::vector<double> values) {
+    // What fills parts with values, one after the other.
+    const auto from_values = [](std::vector<double>& values, std::int64_t* done) {
       const Tensor all(values.data(), DType::F64, {std::ssize(values)});
-      std::int64_t begin = 0;
-      trainer_->host().write(target, [&](const Tensor& part) {
-        make_reference_backend()->convert(all.flat(begin, begin + part.elements()), part, nullptr);
-        begin += part.elements();
-      });
+      return [all, done](const Tensor& part) {
+        make_reference_backend()->convert(all.flat(*done, *done + part.elements()), part, nullptr);
+        *done += part.elements();
+      };
+    };
+    const auto write = [&](const Tensor& target, std::vector<double> values) {
+      std::int64_t done = 0;
+      trainer_->host().write(target, from_values(values, &done));
     };
     trainer_->wait_weights();
     for (const auto& bucket : trainer_->parameters().buckets()) {
@@ -172,7 +178,9 @@ class TrainerHarness {
           return std::vector<double>(begin, begin + range.length);
         };
         const std::int64_t begin = range.shard_begin, end = begin + range.length;
-        write(bucket.owned_master().flat(begin, end), part(from.master));
+        std::vector<double> masters = part(from.master);
+        std::int64_t done = 0;
+        trainer_->masters().update(bucket, begin, end, from_values(masters, &done));
         write(bucket.m.flat(begin, end), part(from.m));
         write(bucket.v.flat(begin, end), part(from.v));
       }
@@ -184,10 +192,7 @@ class TrainerHarness {
   // Of a contiguous tensor, wherever it lies.
   std::vector<double> values(const Tensor& tensor) {
     std::vector<double> result;
-    trainer_->host().read(tensor, [&](const Tensor& part) {
-      const std::vector<double> more = values_of(part);
-      result.insert(result.end(), more.begin(), more.end());
-    });
+    trainer_->host().read(tensor, [&](const Tensor& part) { append(part, &result); });
     return result;
   }
 
@@ -208,6 +213,11 @@ class TrainerHarness {
   }
 
  private:
+  static void append(const Tensor& part, std::vector<double>* values) {
+    const std::vector<double> more = values_of(part);
+    values->insert(values->end(), more.begin(), more.end());
+  }
+
   Config config_;
   std::unique_ptr<Communicator> alone_;
   Groups groups_;

@@ -63,7 +63,7 @@ class BlockNumbers : public ::testing::Test {
     memory.add(&out, "out", {T, d}, DType::F64, "t");
     memory.add(&dy, "dy", {T, d}, DType::F64, "t");
     block.plan(memory, 1, T, true, true, 0);
-    store.plan(memory, DType::F64, DType::F64, 1 << 20, true);
+    store.plan(memory, DType::F64, DType::F64, 1 << 20, OptimizerState::Masters);
     memory.commit(*backend);
     for (int p = 0; p < T; ++p) {
       for (int i = 0; i < dk / 2; ++i) {

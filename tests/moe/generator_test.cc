@@ -42,7 +42,7 @@ struct CachedModel {
     transformer = std::make_unique<Transformer>(model, config.optimizer(), *backend, one_rank_groups(*world),
                                                 exchange.get(), parameters);
     size = {.length = chunk, .training = false, .cache_positions = kPositions};
-    parameters.plan(memory, DType::F64, DType::F64, 1 << 16, false);
+    parameters.plan(memory, DType::F64, DType::F64, 1 << 16, OptimizerState::None);
     transformer->plan(memory, size);
     memory.commit(*backend);
     transformer->prepare();

@@ -61,7 +61,8 @@ struct ModelHarness {
                                                 exchange.get(), parameters);
     size = {.sequences = sequences, .length = model.sequence_length()};
     transformer->plan(memory, size);
-    parameters.plan(memory, backend->compute_type(), backend->statistics_type(), 1 << 16, true);
+    parameters.plan(memory, backend->compute_type(), backend->statistics_type(), 1 << 16,
+                    OptimizerState::Masters);
     const std::int64_t n = size.sequences * size.length;
     memory.add(&batch.tokens, "tokens", {n}, DType::I32, "batch");
     memory.add(&batch.targets, "targets", {n}, DType::I32, "batch");

@@ -25,6 +25,10 @@ TEST_P(OnExecutor, BFloat16) {
 
 INSTANTIATE_TEST_SUITE_P(Cuda, OnExecutor, ::testing::ValuesIn(operator_cases()), parameter_name);
 
+TEST(Remainders, ChangeNoBitOnTheExecutor) {
+  EXPECT_EQ(lines(check_remainders(*cuda::make_host_executed_backend(DType::BF16, true))), "");
+}
+
 // One backend of each type for all cases; null without a device.
 Backend* device_backend(DType compute_type) {
   const auto make = [](DType type) -> std::unique_ptr<Backend> {
@@ -60,7 +64,19 @@ class OnDevice : public ::testing::TestWithParam<OperatorCase> {
 TEST_P(OnDevice, Float32) { check(DType::F32); }
 TEST_P(OnDevice, BFloat16) { check(DType::BF16); }
 
+class RemaindersOnDevice : public ::testing::TestWithParam<DType> {};
+
+TEST_P(RemaindersOnDevice, ChangeNoBit) {
+  Backend* const backend = device_backend(GetParam());
+  ASSERT_NE(backend, nullptr);
+  EXPECT_EQ(lines(check_remainders(*backend)), "");
+}
+
 // None without a device.
+GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(RemaindersOnDevice);
+INSTANTIATE_TEST_SUITE_P(Cuda, RemaindersOnDevice,
+                         ::testing::ValuesIn(device_cases().empty() ? std::vector<DType>{}
+                                                                    : std::vector{DType::BF16}));
 GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(OnDevice);
 INSTANTIATE_TEST_SUITE_P(Cuda, OnDevice, ::testing::ValuesIn(device_cases()), parameter_name);
 
