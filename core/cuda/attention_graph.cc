@@ -215,9 +215,9 @@ void Graph::backward() {
   const Handle ds = on_scores(CUDNN_POINTWISE_MUL, on_scores(CUDNN_POINTWISE_MUL, dp, p), scale);
   head_gradient(ds, q, AttentionTensor::DK, shape_.dk);
 
-  // The product goes to dq at once. Over a stored fp32 sum, to which blocks would add in the order that they
-  // come in, the pattern stands for a kernel that needs less memory and gives other bits every time, which
-  // its engine's notes (9.19) do not tell. This one gives the same bits twice.
+  // The product goes to dq at once: cuDNN then keeps ds and multiplies it in a kernel of its own, the same
+  // bits every time (NVIDIA/cudnn-frontend#398). Over a stored fp32 sum the pattern stands for one kernel,
+  // whose blocks add to dq in the order that they come in, and its engine's notes (9.19) do not tell.
   const Extents keys{shape_.batch, shape_.kv_heads, shape_.length, shape_.head_dim};
   const Handle by_row = reshape(
       k, between(keys, {shape_.length * shape_.k, shape_.head_dim, shape_.k, 1}, CUDNN_DATA_BFLOAT16));
