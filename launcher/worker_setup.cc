@@ -5,6 +5,7 @@
 #include <thread>
 
 #include "core/config/changes.h"
+#include "core/config/cuda_options.h"
 #include "core/config/layers.h"
 #include "core/config/validate.h"
 #include "core/cuda_plugin.h"
@@ -170,8 +171,10 @@ void Worker::make_backend() {
   if (devices_ > 0) {
     const int place = ranks_.hosts().place_on_host(ranks_.communicator().rank());
     together(world(), "device", [&] {
-      backend_ = make_cuda_backend(
-          {.compute_type = precision_ == BF16 ? DType::BF16 : DType::F32, .device = place % devices_});
+      CudaOptions options = cuda_options_of(config_);
+      options.compute_type = precision_ == BF16 ? DType::BF16 : DType::F32;
+      options.device = place % devices_;
+      backend_ = make_cuda_backend(options);
     });
   } else if (precision_ == F64) {
     backend_ = make_reference_backend();

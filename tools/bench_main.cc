@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "core/config/cuda_options.h"
 #include "core/config/layers.h"
 #include "core/config/load.h"
 #include "core/config/validate.h"
@@ -184,6 +185,14 @@ void run_exchange(const Options& options, const MpiWorld& ranks, Backend& backen
   bench_exchange(backend, communicators.groups(), ranks, {.config = model, .rounds = options.rounds}, out);
 }
 
+// --set chooses its kernels for all models.
+std::unique_ptr<Backend> make_gpu_backend(const Config& model, DType type, const MpiWorld& ranks) {
+  CudaOptions options = cuda_options_of(model);
+  options.compute_type = type;
+  options.device = ranks.hosts().place_on_host(ranks.communicator().rank()) % cuda_device_count();
+  return make_cuda_backend(options);
+}
+
 void run(const Options& options, const MpiWorld& ranks) {
   Communicator& world = ranks.communicator();
   std::ostringstream nowhere;
@@ -191,15 +200,15 @@ void run(const Options& options, const MpiWorld& ranks) {
   const bool on_gpu = options.device == "cuda", native = on_gpu || cpu_multiplies_bf16();
   const bool bf16 = options.precision == "bf16" || (options.precision == "auto" && native);
   const DType type = bf16 ? DType::BF16 : DType::F32;
+  const std::vector<Config> models = models_of(options);
   const auto backend =
-      on_gpu ? make_cuda_backend({.compute_type = type,
-                                  .device = ranks.hosts().place_on_host(world.rank()) % cuda_device_count()})
+      on_gpu ? make_gpu_backend(models.front(), type, ranks)
              : make_cpu_backend({.compute_type = type, .threads = threads_of(options, world.size())});
   backend->set_progress_hook([](void* all) { static_cast<Communicator*>(all)->progress(); }, &world);
   out << backend->name() << ", " << name_of(backend->compute_type())
       << (bf16 && !native ? " (emulated: converted to f32)" : "") << '\n';
   if (options.exchange) {
-    for (const Config& model : models_of(options)) {
+    for (const Config& model : models) {
       out << "\n" << model.name() << '\n';
       run_exchange(options, ranks, *backend, model, out);
     }
@@ -207,7 +216,7 @@ void run(const Options& options, const MpiWorld& ranks) {
   }
   const MachineLimits limits = measure_limits(*backend, world);
   print_limits(limits, world, out);
-  for (const Config& model : models_of(options)) {
+  for (const Config& model : models) {
     out << "\n" << model.name() << '\n';
     if (!options.no_operators) {
       bench_operators(*backend, limits,

@@ -16,6 +16,7 @@ constexpr const char* kFree[] = {
     "name",
     "steps",
     "device",
+    "cuda",
     "optimizer",
     "schedule",
     "checkpoint",

@@ -166,6 +166,11 @@ void check_training(const Config& config, Rules* rules) {
                "must be a name without slashes, tabs and line ends");
   rules->check(config.device() != Config::CUDA || config.precision() != F64, "device", "CUDA",
                "computes in F32 or BF16, but precision is F64", "set precision to F32, or device to CPU");
+  rules->check(config.device() != Config::CUDA || config.cuda().attention() != CudaKernels::CUDNN ||
+                   config.precision() == AUTO || config.precision() == BF16,
+               "cuda.attention", "CUDNN",
+               cat("computes in BF16, but precision is ", Precision_Name(config.precision())),
+               "set precision to BF16, or cuda.attention to AUTO");
   rules->check(!config.emulate_bf16() || config.precision() == BF16, "emulate_bf16", "true",
                cat("asks for BF16, but precision is ", Precision_Name(config.precision())),
                "set precision to BF16");

@@ -32,19 +32,23 @@ void CudaBackend::attention_forward(const AttentionForward& op, Stream* stream) 
   const AttentionShape shape(op);
   const std::int64_t units = shape.batch * shape.heads * shape.queries;
   if (units == 0) return;
-  float* maxima = nullptr;
+  float* maxima = op.logit_max.empty() ? nullptr : workspace<float>(units, stream);
+  if (device_->attention_forward(op, maxima, stream)) {
+    if (maxima != nullptr) join_partials<Larger>(maxima, units, 1, elements<double>(op.logit_max), stream);
+    return;
+  }
   std::int64_t count = units;
   const bool in_tiles = with_tiles(op, {}, [&]<int D>(Constant<D>) {
     using Kernel = AttentionTilesForward<D>;
     const std::int64_t blocks = divide_up(shape.queries, Kernel::kQueries), rows = shape.batch * shape.heads;
     count = blocks * rows * Kernel::kQueries;
-    if (!op.logit_max.empty()) maxima = workspace<float>(count, stream);
+    if (maxima != nullptr)
+      maxima = workspace<float>(count, stream);  // a block's queries beyond the last as well
     launch(Kernel{shape, Rows<const BFloat16>(op.q), Rows<const BFloat16>(op.k), Rows<const BFloat16>(op.v),
                   Rows<BFloat16>(op.o), elements<float>(op.lse), maxima},
            {.x = blocks, .y = rows, .threads = Kernel::kThreads, .shared_bytes = Kernel::kSharedBytes},
            stream);
   });
-  if (!in_tiles && !op.logit_max.empty()) maxima = workspace<float>(units, stream);
   if (!in_tiles)
     with_type(compute_type_, [&]<class C>(C) {
       using Kernel = AttentionRowsForward<C>;
@@ -62,7 +66,7 @@ void CudaBackend::attention_backward(const AttentionBackward& op, Stream* stream
   const AttentionForward& f = op.forward;
   const AttentionShape shape(f);
   const std::int64_t units = shape.batch * shape.heads * shape.queries;
-  if (units == 0) return;
+  if (units == 0 || device_->attention_backward(op, stream)) return;
   auto *lse = elements<const float>(f.lse), *delta = elements<const float>(op.delta);
   with_type(compute_type_, [&]<class C>(C) {
     using Delta = AttentionDelta<C>;

@@ -7,7 +7,7 @@
 #include <string>
 
 #include "core/cuda/product.h"
-#include "core/operators/common.h"
+#include "core/operators/attention.h"
 
 namespace hybridmoe::cuda {
 
@@ -32,6 +32,10 @@ class DeviceRuntime {
   virtual void fill_zero(void* memory, std::size_t bytes, Stream* stream) = 0;  // queued
   // Multiplies through a library; false: this place leaves the product to our own kernel.
   virtual bool multiply(const Product& product, Stream* stream) = 0;
+  // Attention through a library; false: this place leaves it to our own kernels. maxima [batch, heads,
+  // queries] fp32 =: the largest scaled q·k of each query; null when op.logit_max is absent.
+  virtual bool attention_forward(const AttentionForward& op, float* maxima, Stream* stream) = 0;
+  virtual bool attention_backward(const AttentionBackward& op, Stream* stream) = 0;
 };
 
 // Device memory that grows to the largest size asked for.

@@ -1,10 +1,12 @@
-// A GPU: memory, one main stream, copies; products through cuBLASLt.
+// A GPU: memory, one main stream, copies; products through cuBLASLt, attention through cuDNN where it is
+// chosen.
 #include <cstring>
 #include <cuda_runtime_api.h>
 
 #include "core/cuda/cuda_error.h"
 #include "core/cuda/device_runtime.h"
 #include "core/cuda/launch.h"
+#include "core/cuda/library_attention.h"
 #include "core/cuda/library_products.h"
 
 namespace hybridmoe::cuda {
@@ -12,16 +14,17 @@ namespace {
 
 class Gpu final : public DeviceRuntime {
  public:
-  explicit Gpu(int index) : index_(index) {
-    check_cuda(cudaSetDevice(index), "choosing the device");
-    check_cuda(cudaGetDeviceProperties(&properties_, index), "asking for the device's properties");
-    require(properties_.major >= 8, "device ", index, " (", properties_.name, ") has compute capability ",
+  explicit Gpu(const CudaOptions& options) : index_(options.device) {
+    check_cuda(cudaSetDevice(index_), "choosing the device");
+    check_cuda(cudaGetDeviceProperties(&properties_, index_), "asking for the device's properties");
+    require(properties_.major >= 8, "device ", index_, " (", properties_.name, ") has compute capability ",
             properties_.major, ".", properties_.minor, "; 8.0 or more is needed");
     if (main_stream_of_process() == nullptr) {
       check_cuda(cudaStreamCreateWithFlags(&main_stream_of_process(), cudaStreamNonBlocking),
                  "creating a stream");
     }
     products_ = std::make_unique<LibraryProducts>(*this);
+    if (options.attention == AttentionKernels::Cudnn) open_library_attention(options.compute_type);
   }
 
   std::string name() const override {
@@ -29,7 +32,9 @@ class Gpu final : public DeviceRuntime {
     cudaDriverGetVersion(&driver);
     cudaRuntimeGetVersion(&runtime);
     return cat("cuda (", properties_.name, ", device ", index_, ", driver ", driver / 1000, ".",
-               driver % 1000 / 10, ", runtime ", runtime / 1000, ".", runtime % 1000 / 10, ")");
+               driver % 1000 / 10, ", runtime ", runtime / 1000, ".", runtime % 1000 / 10,
+               attention_ == nullptr ? "" : ", attention by cuDNN ",
+               attention_ == nullptr ? std::string() : attention_->version(), ")");
   }
   Device kind() const override { return Device::CUDA; }
   int processors() const override { return properties_.multiProcessorCount; }
@@ -70,11 +75,29 @@ class Gpu final : public DeviceRuntime {
   bool multiply(const Product& product, Stream* stream) override {
     return products_->multiply(product, stream);
   }
+  bool attention_forward(const AttentionForward& op, float* maxima, Stream* stream) override {
+    return attention_ != nullptr && attention_->forward(op, maxima, stream);
+  }
+  bool attention_backward(const AttentionBackward& op, Stream* stream) override {
+    return attention_ != nullptr && attention_->backward(op, stream);
+  }
 
  private:
+  void open_library_attention(DType compute_type) {
+    constexpr const char* kChosen = "cuda.attention = CUDNN cannot be had: ";
+    require(compute_type == DType::BF16, kChosen, "cuDNN's attention computes in bf16, this backend in ",
+            name_of(compute_type), "; choose precision: BF16, or cuda.attention: AUTO");
+    try {
+      attention_ = std::make_unique<LibraryAttention>(*this);
+    } catch (const Error& reason) {
+      throw Error(cat(kChosen, reason.what(), "; cuda.attention: AUTO takes the backend's own kernels"));
+    }
+  }
+
   int index_;
   cudaDeviceProp properties_{};
   std::unique_ptr<LibraryProducts> products_;
+  std::unique_ptr<LibraryAttention> attention_;  // null: not chosen
 };
 
 }  // namespace
@@ -87,10 +110,11 @@ int device_count() {
   return count;
 }
 
-std::unique_ptr<DeviceRuntime> open_device(int index) {
+std::unique_ptr<DeviceRuntime> open_device(const CudaOptions& options) {
   const int count = device_count();
-  require(index >= 0 && index < count, "there is no CUDA device ", index, ": this host has ", count);
-  return std::make_unique<Gpu>(index);
+  require(options.device >= 0 && options.device < count, "there is no CUDA device ", options.device,
+          ": this host has ", count);
+  return std::make_unique<Gpu>(options);
 }
 
 }  // namespace hybridmoe::cuda

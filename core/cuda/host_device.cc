@@ -48,6 +48,8 @@ class HostDevice final : public DeviceRuntime {
     std::memset(memory, 0, bytes);
   }
   bool multiply(const Product&, Stream*) override { return false; }
+  bool attention_forward(const AttentionForward&, float*, Stream*) override { return false; }
+  bool attention_backward(const AttentionBackward&, Stream*) override { return false; }
 
  private:
   bool guarded_;

@@ -121,6 +121,7 @@ TEST(ConfigValidate, OneViolationForOneMistake) {
       {{"telemetry.check_every=-1"}, "telemetry.check_every", "nearest: 0"},
       {{"telemetry.rank_history=-1"}, "telemetry.rank_history", "nearest: 0"},
       {{"emulate_bf16=true"}, "emulate_bf16", "precision to BF16"},
+      {{"device=CUDA", "precision=F32", "cuda.attention=CUDNN"}, "cuda.attention", "precision to BF16"},
       {{"name=a/b"}, "name", ""},
   };
   for (const RuleCase& each : cases) {

@@ -1,5 +1,6 @@
 // bench_cuda [SECONDS]: every operator of the CUDA backend at the sizes of OLMoE-1B-7B (arXiv 2409.02060),
-// 32,768 tokens, next to the measured limits of the device. Needs neither protobuf nor glog, oneDNN or MPI.
+// 32,768 tokens, next to the measured limits of the device; attention through cuDNN as well, where it is.
+// Needs neither protobuf nor glog, oneDNN or MPI.
 #include <cstdio>
 #include <cstdlib>
 #include <iostream>
@@ -7,6 +8,25 @@
 #include "core/cuda_plugin.h"
 #include "core/limits.h"
 #include "tools/operator_bench.h"
+
+namespace hybridmoe {
+namespace {
+
+void bench_cudnn_attention(const MachineLimits& limits, OperatorBench bench) {
+  try {
+    const auto backend =
+        make_cuda_backend({.compute_type = DType::BF16, .attention = AttentionKernels::Cudnn});
+    std::printf("%s\n", backend->name().c_str());
+    std::fflush(stdout);
+    bench.filter = "attention_";
+    bench_operators(*backend, limits, bench, std::cout);
+  } catch (const Error& lacking) {
+    std::printf("attention through cuDNN is unmeasured: %s\n", lacking.what());
+  }
+}
+
+}  // namespace
+}  // namespace hybridmoe
 
 int main(int argc, char** argv) {
   using namespace hybridmoe;
@@ -34,6 +54,7 @@ int main(int argc, char** argv) {
                     .vocabulary = 50304,
                     .loss_chunk = 4096};
       bench_operators(*backend, limits, bench, std::cout);
+      if (type == DType::BF16) bench_cudnn_attention(limits, bench);
     }
     return 0;
   } catch (const std::exception& error) {

@@ -1,5 +1,5 @@
 // Every operator of the CUDA backend against the reference, fp32 and bf16: its kernels on the host executor,
-// and on a GPU where there is one.
+// and on a GPU where there is one; there attention through cuDNN as well.
 #include <gtest/gtest.h>
 
 #include "core/cuda/host_device.h"
@@ -29,17 +29,20 @@ TEST(Remainders, ChangeNoBitOnTheExecutor) {
   EXPECT_EQ(lines(check_remainders(*cuda::make_host_executed_backend(DType::BF16, true))), "");
 }
 
-// One backend of each type for all cases; null without a device.
+// Null without a device.
+std::unique_ptr<Backend> make_device_backend(const CudaOptions& options) {
+  try {
+    return make_cuda_backend(options);
+  } catch (const Error& none) {
+    std::printf("%s\n", none.what());
+    return nullptr;
+  }
+}
+
+// One backend of each type for all cases.
 Backend* device_backend(DType compute_type) {
-  const auto make = [](DType type) -> std::unique_ptr<Backend> {
-    try {
-      return make_cuda_backend({.compute_type = type});
-    } catch (const Error& none) {
-      std::printf("%s\n", none.what());
-      return nullptr;
-    }
-  };
-  static const auto single = make(DType::F32), half = make(DType::BF16);
+  static const auto single = make_device_backend({.compute_type = DType::F32}),
+                    half = make_device_backend({.compute_type = DType::BF16});
   return compute_type == DType::F32 ? single.get() : half.get();
 }
 
@@ -72,11 +75,41 @@ TEST_P(RemaindersOnDevice, ChangeNoBit) {
   EXPECT_EQ(lines(check_remainders(*backend)), "");
 }
 
+// Attention with cuDNN chosen: the sequences that it has plans for, and the fallback for the others.
+class OnDeviceCudnn : public ::testing::TestWithParam<OperatorCase> {};
+
+TEST_P(OnDeviceCudnn, BFloat16) {
+  static const auto backend =
+      make_device_backend({.compute_type = DType::BF16, .attention = AttentionKernels::Cudnn});
+  if (backend == nullptr) GTEST_SKIP() << "cuDNN cannot be used: the reason is printed above";
+  EXPECT_EQ(mistakes_of(GetParam(), *backend), "");
+}
+
+std::vector<OperatorCase> device_attention_cases() {
+  std::vector<OperatorCase> cases = device_cases();
+  std::erase_if(cases, [](const OperatorCase& c) { return c.name.rfind("attention_", 0) != 0; });
+  return cases;
+}
+
+// What cuDNN has no kernels for is refused when it is chosen.
+class OnDeviceChoice : public ::testing::TestWithParam<DType> {};
+
+TEST_P(OnDeviceChoice, CudnnNeedsBf16) {
+  EXPECT_THROW(make_cuda_backend({.compute_type = GetParam(), .attention = AttentionKernels::Cudnn}), Error);
+}
+
+std::vector<DType> on_device(DType type) {
+  return device_cases().empty() ? std::vector<DType>{} : std::vector{type};
+}
+
 // None without a device.
 GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(RemaindersOnDevice);
-INSTANTIATE_TEST_SUITE_P(Cuda, RemaindersOnDevice,
-                         ::testing::ValuesIn(device_cases().empty() ? std::vector<DType>{}
-                                                                    : std::vector{DType::BF16}));
+INSTANTIATE_TEST_SUITE_P(Cuda, RemaindersOnDevice, ::testing::ValuesIn(on_device(DType::BF16)));
+GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(OnDeviceChoice);
+INSTANTIATE_TEST_SUITE_P(Cuda, OnDeviceChoice, ::testing::ValuesIn(on_device(DType::F32)));
+GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(OnDeviceCudnn);
+INSTANTIATE_TEST_SUITE_P(Cuda, OnDeviceCudnn, ::testing::ValuesIn(device_attention_cases()), parameter_name);
+
 GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(OnDevice);
 INSTANTIATE_TEST_SUITE_P(Cuda, OnDevice, ::testing::ValuesIn(device_cases()), parameter_name);
 
