@@ -45,20 +45,34 @@ class Backend : public Products,
   virtual Stream* main_stream() { return nullptr; }
   virtual void synchronize(Stream*) {}
 
-  // Called between tiles of long operators, so that nonblocking communication makes progress; may be null.
-  void set_progress_hook(void (*hook)(void*), void* argument) {
+  // Called now and then, so that nonblocking communication makes progress: between tiles of long operators,
+  // again and again while the host waits for what is queued, and once when it has waited. May be null. What
+  // it throws ends the operator or the wait; when it has waited nothing may be thrown. It is not called while
+  // it runs.
+  enum class Moment { Computing, Waiting, Waited };
+  using ProgressHook = void (*)(void* argument, Moment moment);
+  void set_progress_hook(ProgressHook hook, void* argument) {
     progress_hook_ = hook;
     progress_argument_ = argument;
   }
 
  protected:
-  void progress() const {
-    if (progress_hook_ != nullptr) progress_hook_(progress_argument_);
+  bool has_progress_hook() const { return progress_hook_ != nullptr && !in_hook_; }
+  void progress(Moment moment = Moment::Computing) {
+    if (!has_progress_hook()) return;
+    struct Inside {
+      explicit Inside(bool& inside) : it(inside) { it = true; }
+      ~Inside() { it = false; }
+      bool& it;
+    };
+    const Inside inside(in_hook_);
+    progress_hook_(progress_argument_, moment);
   }
 
  private:
-  void (*progress_hook_)(void*) = nullptr;
+  ProgressHook progress_hook_ = nullptr;
   void* progress_argument_ = nullptr;
+  bool in_hook_ = false;
 };
 
 // Plain loops in double precision (core/reference/): the oracle.

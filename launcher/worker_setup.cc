@@ -184,11 +184,10 @@ void Worker::make_backend() {
   }
 }
 
-// How tensors of GPUs move between ranks.
-DeviceTransport Worker::choose_device_transport() const {
+// Whether tensors of GPUs move between ranks by NCCL, not through host memory.
+bool Worker::use_nccl() const {
   const ParallelConfig::DeviceTransport wanted = config_.parallel().device_transport();
-  if (devices_ == 0 || world().size() == 1 || wanted == ParallelConfig::STAGED)
-    return DeviceTransport::Staged;
+  if (devices_ == 0 || world().size() == 1 || wanted == ParallelConfig::STAGED) return false;
   std::string lacking;
   if (ranks_.hosts().place_on_host(ranks_.communicator().rank()) >= devices_) {
     lacking = cat("ranks share a GPU (", devices_, " on this host)");
@@ -201,15 +200,15 @@ DeviceTransport Worker::choose_device_transport() const {
   }
   if (wanted == ParallelConfig::NCCL) {
     world().agree(lacking, "NCCL");
-    return DeviceTransport::Nccl;
+    return true;
   }
   const std::vector<std::string> all = world().gather_strings(lacking, "NCCL");
   for (int rank = 0; rank < std::ssize(all); ++rank) {
     if (all[rank].empty()) continue;
     say(world(), cat("tensors move through host memory: rank ", rank, ": ", all[rank]));
-    return DeviceTransport::Staged;
+    return false;
   }
-  return DeviceTransport::Nccl;
+  return true;
 }
 
 void Worker::choose_backend() {
@@ -221,9 +220,15 @@ void Worker::choose_backend() {
                              << threads_ << ": it goes on equal to rounding, not to the bit";
   }
   make_backend();
-  device_groups_.emplace(groups_, *backend_, choose_device_transport());
+  if (use_nccl()) {
+    device_groups_.emplace(groups_, *backend_, DeviceGroups::Nccl{.watched = &*watched_});
+  } else {
+    device_groups_.emplace(groups_, *backend_);
+  }
   groups_ = device_groups_->groups();
-  backend_->set_progress_hook([](void* world) { static_cast<Communicator*>(world)->progress(); }, &world());
+  backend_->set_progress_hook(
+      [](void* groups, Backend::Moment moment) { static_cast<DeviceGroups*>(groups)->progress(moment); },
+      &*device_groups_);
   choose_transport();
 
   manifest_.clear_choice();

@@ -69,7 +69,7 @@ class Worker {
   std::string choose_precision();
   void keep_precision(std::string* reason);
   void make_backend();
-  DeviceTransport choose_device_transport() const;
+  bool use_nccl() const;
   void start_watchdog();
   void choose_backend();
   void choose_transport();

@@ -126,6 +126,7 @@ WatchedGroups::WatchedGroups(const Groups& groups, Activity& activity) : groups_
       if (inner == groups.world) world_group_ = group;
       owned_.push_back(make_watched_communicator(*inner, activity, group));
       outer = owned_.back().get();
+      numbers_[outer] = group;
     }
     return outer;
   };

@@ -3,6 +3,7 @@
 // watchdog sees only who waits.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -26,9 +27,16 @@ class WatchedGroups {
   WatchedGroups& operator=(const WatchedGroups&) = delete;
 
   Groups groups() const { return groups_; }
+  // What the activity knows the group of one of groups()' communicators by; -1: it is not watched, being of
+  // one rank.
+  int number_of(const Communicator& communicator) const {
+    const auto place = numbers_.find(&communicator);
+    return place == numbers_.end() ? -1 : place->second;
+  }
 
  private:
   std::vector<std::unique_ptr<Communicator>> owned_;
+  std::map<const Communicator*, int> numbers_;
   HostRelays relays_;
   Groups groups_;
   int world_group_ = -1;

@@ -204,7 +204,11 @@ void run(const Options& options, const MpiWorld& ranks) {
   const auto backend =
       on_gpu ? make_gpu_backend(models.front(), type, ranks)
              : make_cpu_backend({.compute_type = type, .threads = threads_of(options, world.size())});
-  backend->set_progress_hook([](void* all) { static_cast<Communicator*>(all)->progress(); }, &world);
+  backend->set_progress_hook(
+      [](void* all, Backend::Moment moment) {
+        if (moment != Backend::Moment::Waited) static_cast<Communicator*>(all)->progress();
+      },
+      &world);
   out << backend->name() << ", " << name_of(backend->compute_type())
       << (bf16 && !native ? " (emulated: converted to f32)" : "") << '\n';
   if (options.exchange) {

@@ -12,6 +12,20 @@ CudaBackend::CudaBackend(std::unique_ptr<DeviceRuntime> device, DType compute_ty
 
 CudaBackend::~CudaBackend() { workspace_.release(*device_); }
 
+// Other ranks may keep the stream from ever finishing: the hook finds out.
+void CudaBackend::synchronize(Stream* stream) {
+  if (has_progress_hook() && !device_->finished(stream)) {
+    struct Waited {
+      CudaBackend& backend;
+      ~Waited() { backend.progress(Moment::Waited); }
+    };
+    const Waited waited{*this};
+    do progress(Moment::Waiting);
+    while (!device_->finished(stream));
+  }
+  device_->synchronize(stream);
+}
+
 std::int64_t CudaBackend::row_parts(std::int64_t n, std::int64_t least) const {
   constexpr std::int64_t kPerProcessor = 4;
   return std::clamp<std::int64_t>(n / least, 1, kPerProcessor * device_->processors());

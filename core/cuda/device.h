@@ -25,7 +25,9 @@ class DeviceRuntime {
   virtual void* allocate_shared(std::size_t bytes) = 0;
   virtual void release_shared(void* memory, std::size_t bytes) noexcept = 0;
   virtual Stream* main_stream() = 0;
-  virtual void synchronize(Stream* stream) = 0;  // waits; throws Error when something queued there failed
+  // Whether everything queued there is done; both throw Error when something of it failed.
+  virtual bool finished(Stream* stream) = 0;
+  virtual void synchronize(Stream* stream) = 0;  // waits
   // Queues a copy between any two of host and device memory. Host memory that is not pinned has been read, or
   // written, on return.
   virtual void copy(void* to, const void* from, std::size_t bytes, Stream* stream) = 0;

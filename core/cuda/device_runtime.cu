@@ -63,6 +63,12 @@ class Gpu final : public DeviceRuntime {
   }
   void release_shared(void* memory, std::size_t) noexcept override { cudaFreeHost(memory); }
   Stream* main_stream() override { return reinterpret_cast<Stream*>(main_stream_of_process()); }
+  bool finished(Stream* stream) override {
+    const cudaError_t status = cudaStreamQuery(native(stream));
+    if (status == cudaErrorNotReady) return false;
+    check_cuda(status, "asking for queued work");
+    return true;
+  }
   void synchronize(Stream* stream) override {
     check_cuda(cudaStreamSynchronize(native(stream)), "waiting for queued work");
   }

@@ -38,6 +38,7 @@ class HostDevice final : public DeviceRuntime {
     if (memory != nullptr) munmap(memory, bytes == 0 ? 1 : bytes);
   }
   Stream* main_stream() override { return nullptr; }
+  bool finished(Stream*) override { return true; }
   void synchronize(Stream*) override {}
   void copy(void* to, const void* from, std::size_t bytes, Stream*) override {
     const host::OpenMemory open;

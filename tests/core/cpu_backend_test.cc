@@ -98,7 +98,7 @@ TEST(CpuBackend, AttentionShowsNaNWhereItIsSeen) {
 TEST(CpuBackend, CallsTheProgressHookInLongOperators) {
   const auto backend = make_cpu_backend({.threads = 2});
   int calls = 0;
-  backend->set_progress_hook([](void* argument) { ++*static_cast<int*>(argument); }, &calls);
+  backend->set_progress_hook([](void* argument, Backend::Moment) { ++*static_cast<int*>(argument); }, &calls);
   std::vector<float> x(12, 1.f), w(4 * 12, 1.f), y(16);
   std::vector<std::int64_t> offsets = {0, 2, 4};
   std::vector<float> grouped(2 * 4 * 3, 1.f);

@@ -1,0 +1,71 @@
+// How the backend waits for its device: other ranks may keep it from finishing, which the hook has to find
+// out.
+#include <gtest/gtest.h>
+
+#include "core/cuda/cuda_backend.h"
+
+namespace hybridmoe::cuda {
+namespace {
+
+// Finishes when it has been asked so many times.
+class SlowDevice final : public DeviceRuntime {
+ public:
+  explicit SlowDevice(int* questions) : questions_(questions) {}
+  std::string name() const override { return "slow"; }
+  Device kind() const override { return Device::CPU; }
+  int processors() const override { return 1; }
+  void* allocate(std::size_t) override { return nullptr; }
+  void release(void*, std::size_t) noexcept override {}
+  void* allocate_shared(std::size_t) override { return nullptr; }
+  void release_shared(void*, std::size_t) noexcept override {}
+  Stream* main_stream() override { return nullptr; }
+  bool finished(Stream*) override { return --*questions_ < 0; }
+  void synchronize(Stream*) override { EXPECT_LT(*questions_, 0) << "blocked, where nobody could be asked"; }
+  void copy(void*, const void*, std::size_t, Stream*) override {}
+  void fill_zero(void*, std::size_t, Stream*) override {}
+  bool multiply(const Product&, Stream*) override { return false; }
+  bool attention_forward(const AttentionForward&, float*, Stream*) override { return false; }
+  bool attention_backward(const AttentionBackward&, Stream*) override { return false; }
+
+ private:
+  int* questions_;
+};
+
+using Moment = Backend::Moment;
+
+struct Waits {
+  int questions = 0;
+  CudaBackend backend{std::make_unique<SlowDevice>(&questions), DType::F32};
+  std::vector<Moment> moments;
+  bool fails = false;
+
+  Waits() {
+    backend.set_progress_hook(
+        [](void* argument, Moment moment) {
+          Waits& waits = *static_cast<Waits*>(argument);
+          waits.moments.push_back(moment);
+          require(!waits.fails || moment == Moment::Waited, "a rank is gone");
+        },
+        this);
+  }
+};
+
+TEST(BackendWait, TheHookIsCalledUntilTheDeviceHasFinished) {
+  Waits waits;
+  waits.backend.synchronize(nullptr);
+  EXPECT_TRUE(waits.moments.empty()) << "it had finished";
+  waits.questions = 3;
+  waits.backend.synchronize(nullptr);
+  EXPECT_EQ(waits.moments, (std::vector{Moment::Waiting, Moment::Waiting, Moment::Waiting, Moment::Waited}));
+}
+
+TEST(BackendWait, WhatTheHookThrowsEndsTheWait) {
+  Waits waits;
+  waits.fails = true;
+  waits.questions = 1000;
+  EXPECT_THROW(waits.backend.synchronize(nullptr), Error);
+  EXPECT_EQ(waits.moments, (std::vector{Moment::Waiting, Moment::Waited}));
+}
+
+}  // namespace
+}  // namespace hybridmoe::cuda
