@@ -10,16 +10,26 @@
 
 namespace hybridmoe {
 
+// The kernel of grouped products of bf16 factors. None takes every shape: what it does not take, and fp32,
+// goes to the more general ones.
+enum class GroupedKernel {
+  Fastest,  // Mma, until the two have been measured on a GPU
+  Mma,      // mma.sync: every device
+  Wgmma,    // wgmma and bulk copies: devices of compute capability 9.x (H100, H200)
+};
+
 struct CudaOptions {
   DType compute_type = DType::BF16;  // or F32
   int device = 0;                    // of this host
+  GroupedKernel grouped = GroupedKernel::Fastest;
 };
 
 // The GPUs of this host, at least 1. Throws Error saying why there is none: this build has no plug-in, it
 // cannot be loaded (which library is missing), there is no driver, or no device.
 int cuda_device_count();
 
-// Opens a device. Throws Error as above, or when the device cannot be used.
+// Opens a device. Throws Error as above, or when the device cannot be used or cannot run the kernel asked
+// for.
 std::unique_ptr<Backend> make_cuda_backend(const CudaOptions& options);
 
 // A rank of a group that NCCL connects.
@@ -36,7 +46,7 @@ std::unique_ptr<DeviceCollectives> make_nccl_collectives(const NcclMember& membe
 
 // What the plug-ins export: made by the same compiler from the same sources, which the version is to tell.
 namespace cuda_plugin {
-constexpr int kVersion = 1;  // of the interfaces that they implement; to be raised with every change
+constexpr int kVersion = 2;  // of the interfaces that they implement; to be raised with every change
 using Version = int();
 using DeviceCount = int();
 using MakeBackend = Backend*(const CudaOptions&);

@@ -1,0 +1,212 @@
+// The products of bf16 matrices on Hopper: tiles of 128 × 256, taken in turns by one block a processor, 64 of
+// the inner dimension at a time through a ring of stages in shared memory. One thread keeps the ring filled
+// by bulk copies; two warpgroups multiply 64 rows each (wgmma), and write their tile while the ring fills for
+// the next.
+#pragma once
+
+#include "core/cuda/hopper.h"
+#include "core/cuda/product_tiles.h"
+
+namespace hybridmoe::cuda {
+
+// c [m, n] of Out = or += a [m, k] · b [k, n]; transposed: a is stored [k, m], b [n, k]. The maps describe a
+// and b as stored, all groups of a and the rows of all groups as one matrix, in boxes as make_boxes says.
+template <class Out, bool kATransposed, bool kBTransposed>
+struct WgmmaTiles {
+  static constexpr int kTileM = 128, kTileN = 256, kInner = 64, kStages = 4;
+  static constexpr int kConsumers = 2 * kWarpgroup, kThreads = kWarpgroup + kConsumers;
+  static constexpr int kBlocksPerProcessor = 1;
+  // Of a warpgroup's thread. A block begins with 65536 / 384 = 168; 128 of a consumer's hold its sums.
+  static constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+  // Tiles of rows before the next columns: the 132 tiles at work on an H200 are then about as high as wide,
+  // in bytes of a and of b, and what is read together (16 MB at k = 2048) stays in its 50 MB of L2.
+  static constexpr int kStrip = 16;
+
+  static constexpr int kStep = 16;                            // of the inner dimension in one product
+  static constexpr int kBlockBytes = kInner * kSwizzleBytes;  // 64 × 64 elements
+  static constexpr int kABytes = kTileM * kInner * 2, kBBytes = kTileN * kInner * 2;
+  static constexpr int kStageBytes = kABytes + kBBytes;
+  static constexpr int kPeriod = 8 * kSwizzleBytes;
+  static constexpr std::size_t kSharedBytes = kPeriod + kStages * kStageBytes + 2 * kStages * sizeof(Barrier);
+
+  TensorMap a, b;
+  ProductShape shape;
+  Out* c;
+  bool chunks;  // 16 bytes of a row of c can be written at once
+
+  // Rows of a box: as many as the tile where they lie along k, else those of a step.
+  static constexpr int kABoxRows = kATransposed ? kInner : kTileM;
+  static constexpr int kBBoxRows = kBTransposed ? kTileN : kInner;
+
+  // The ring: stages from the first multiple of the swizzle's period on, then a barrier of each that says it
+  // is full and one that says it is empty.
+  struct Ring {
+    unsigned char* stages;
+    Barrier *full, *empty;
+    int stage = 0;
+    std::uint32_t parity = 0;  // of the ring's present round
+
+    HYBRIDMOE_DEVICE explicit Ring(unsigned char* memory) {
+      const std::uint32_t behind = shared_address(memory) % kPeriod;
+      stages = memory + (behind == 0 ? 0 : kPeriod - behind);
+      full = reinterpret_cast<Barrier*>(stages + kStages * kStageBytes);
+      empty = full + kStages;
+    }
+    HYBRIDMOE_DEVICE unsigned char* memory() const { return stages + stage * kStageBytes; }
+    HYBRIDMOE_DEVICE void advance() {
+      if (++stage < kStages) return;
+      stage = 0;
+      parity ^= 1;
+    }
+  };
+
+  HYBRIDMOE_DEVICE static int steps_of(const Tile& tile) {
+    return static_cast<int>((tile.k_end - tile.k_begin + kInner - 1) / kInner);
+  }
+
+  HYBRIDMOE_DEVICE void produce(Ring ring) const {
+    prefetch_map(a);
+    prefetch_map(b);
+    const bool rows = shape.grouped == Product::Groups::Rows;
+    TileWalk walk{kStrip};
+    Tile tile;
+    for (std::int64_t number = block_x(); walk.find(shape, kTileM, kTileN, number, &tile);
+         number += grid_x()) {
+      const int steps = steps_of(tile), m = static_cast<int>(tile.m_begin),
+                n = static_cast<int>(tile.n_begin);
+      const int matrix = rows ? static_cast<int>(tile.group) : 0;
+      int k = static_cast<int>(tile.k_begin);
+      for (int step = 0; step < steps; ++step, k += kInner, ring.advance()) {
+        // In the first round nobody has used the stages: that a phase "before the first" has ended passes.
+        wait_for_phase(ring.empty + ring.stage, ring.parity ^ 1);
+        Barrier* full = ring.full + ring.stage;
+        arrive_expecting(full, kStageBytes);
+        unsigned char* to = ring.memory();
+        if constexpr (kATransposed) {
+          for (int i = 0; i < kTileM / 64; ++i) copy_box(to + i * kBlockBytes, a, m + 64 * i, k, 0, full);
+        } else {
+          copy_box(to, a, k, m, 0, full);
+        }
+        to += kABytes;
+        if constexpr (kBTransposed) {
+          copy_box(to, b, k, n, matrix, full);
+        } else {
+          for (int i = 0; i < kTileN / 64; ++i)
+            copy_box(to + i * kBlockBytes, b, n + 64 * i, k, matrix, full);
+        }
+      }
+    }
+  }
+
+  // Zeros rows `valid` to 64 of the inner dimension in a stage, of a and b: they belong to another group, or
+  // to none, and may hold anything; zero times it may be NaN. By all consumers.
+  HYBRIDMOE_DEVICE static void clear_inner(unsigned char* stage, int valid) {
+    constexpr int kChunks = kSwizzleBytes / 16, kBlocks = kStageBytes / kBlockBytes;
+    const int per_block = (kInner - valid) * kChunks;
+    for (int i = thread_index() - kWarpgroup; i < kBlocks * per_block; i += kConsumers)
+      clear_chunk(stage + i / per_block * kBlockBytes + valid * kSwizzleBytes + i % per_block * 16);
+    fence_async_proxy();
+    sync_threads(1, kConsumers);
+  }
+
+  HYBRIDMOE_DEVICE static void multiply_stage(const unsigned char* stage, int warpgroup, bool add,
+                                              float (&sum)[128]) {
+    // From one 16 of k to the next: within a row of 128 bytes, or 16 rows on.
+    constexpr int kANext = kATransposed ? kStep * kSwizzleBytes : 2 * kStep;
+    constexpr int kBNext = kBTransposed ? 2 * kStep : kStep * kSwizzleBytes;
+    const std::uint32_t start = shared_address(stage);
+    const std::uint64_t left = matrix_descriptor(start + warpgroup * kBlockBytes, kBlockBytes),
+                        right = matrix_descriptor(start + kABytes, kBlockBytes);
+    HYBRIDMOE_UNROLL
+    for (int i = 0; i < kInner / kStep; ++i) {
+      // The start address is the descriptor's lowest field, in units of 16 bytes.
+      multiply_m64n256k16<kATransposed, !kBTransposed>(sum, left + i * (kANext / 16),
+                                                       right + i * (kBNext / 16), add || i > 0);
+    }
+  }
+
+  HYBRIDMOE_DEVICE void consume(Ring ring) const {
+    const int warpgroup = thread_index() / kWarpgroup - 1;
+    const bool first_lane = thread_index() % kWarp == 0;
+    float sum[128] = {};
+    TileWalk walk{kStrip};
+    Tile tile;
+    std::int64_t number = block_x();
+    bool more = walk.find(shape, kTileM, kTileN, number, &tile);
+    while (more) {
+      const int steps = steps_of(tile);
+      Barrier* used = nullptr;  // of the stage that the last products read
+      for (int step = 0; step < steps; ++step, ring.advance()) {
+        wait_for_phase(ring.full + ring.stage, ring.parity);
+        if constexpr (kATransposed) {
+          const std::int64_t left = tile.k_end - tile.k_begin - step * kInner;
+          if (left < kInner) clear_inner(ring.memory(), static_cast<int>(left));
+        }
+        fence_accumulators();
+        multiply_stage(ring.memory(), warpgroup, step > 0, sum);
+        commit_products();
+        wait_for_products<1>();
+        // Each warp has waited for its own part of the products.
+        if (step > 0 && first_lane) arrive(used);
+        used = ring.empty + ring.stage;
+      }
+      const Tile present = tile;
+      number += grid_x();
+      more = walk.find(shape, kTileM, kTileN, number, &tile);  // while the last products are under way
+      wait_for_products(sum);
+      if (first_lane) arrive(used);
+      write_tile(present, warpgroup, sum);
+    }
+  }
+
+  HYBRIDMOE_DEVICE void write_pair(Out* row, std::int64_t column, float first, float second) const {
+    if (shape.pairs && column + 1 < shape.n) {
+      Vector<Out, 2> pair = {};
+      if (shape.accumulate) pair = load<Out, 2>(row + column);
+      pair.value[0] = rounded<Out>(shape.accumulate ? to_float(pair.value[0]) + first : first);
+      pair.value[1] = rounded<Out>(shape.accumulate ? to_float(pair.value[1]) + second : second);
+      store<Out, 2>(row + column, pair);
+      return;
+    }
+    if (column < shape.n)
+      row[column] = rounded<Out>(shape.accumulate ? to_float(row[column]) + first : first);
+    ++column;
+    if (column < shape.n)
+      row[column] = rounded<Out>(shape.accumulate ? to_float(row[column]) + second : second);
+  }
+
+  HYBRIDMOE_DEVICE void write_tile(const Tile& tile, int warpgroup, const float (&sum)[128]) const {
+    const int lane = thread_index() % kWarp, warp = thread_index() / kWarp % 4;
+    Out* result = c + (shape.grouped == Product::Groups::Inner ? tile.group * shape.m * shape.n : 0);
+    HYBRIDMOE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const std::int64_t row = tile.m_begin + 64 * warpgroup + 16 * warp + 8 * half + lane / 4;
+      if (row >= tile.m_end) continue;
+      HYBRIDMOE_UNROLL
+      for (int j = 0; j < kTileN / 8; ++j)
+        write_pair(result + row * shape.c_stride, tile.n_begin + 8 * j + 2 * (lane % 4),
+                   sum[4 * j + 2 * half], sum[4 * j + 2 * half + 1]);
+    }
+  }
+
+  HYBRIDMOE_DEVICE void operator()() const {
+    const Ring ring(shared_memory<unsigned char>());
+    if (thread_index() == 0) {
+      for (int i = 0; i < kStages; ++i) {
+        init_barrier(ring.full + i, 1);
+        init_barrier(ring.empty + i, kConsumers / kWarp);
+      }
+      fence_barrier_init();
+    }
+    sync_block();
+    if (thread_index() < kWarpgroup) {
+      give_registers<kProducerRegisters>();
+      if (thread_index() == 0) produce(ring);
+    } else {
+      take_registers<kConsumerRegisters>();
+      consume(ring);
+    }
+  }
+};
+
+}  // namespace hybridmoe::cuda
