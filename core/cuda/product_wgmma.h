@@ -21,6 +21,8 @@ struct WgmmaTiles {
   // Tiles of rows before the next columns: the 132 tiles at work on an H200 are then about as high as wide,
   // in bytes of a and of b, and what is read together (16 MB at k = 2048) stays in its 50 MB of L2.
   static constexpr int kStrip = 16;
+  // What c holds is asked for so many steps before it is added to: about 5 µs, more than memory takes.
+  static constexpr int kPrefetchSteps = 8;
 
   static constexpr int kStep = 16;                            // of the inner dimension in one product
   static constexpr int kBlockBytes = kInner * kSwizzleBytes;  // 64 × 64 elements
@@ -136,7 +138,9 @@ struct WgmmaTiles {
     while (more) {
       const int steps = steps_of(tile);
       Barrier* used = nullptr;  // of the stage that the last products read
+      const int ahead = steps > kPrefetchSteps ? steps - kPrefetchSteps : 0;
       for (int step = 0; step < steps; ++step, ring.advance()) {
+        if (shape.accumulate && step == ahead) prefetch_tile(tile);
         wait_for_phase(ring.full + ring.stage, ring.parity);
         if constexpr (kATransposed) {
           const std::int64_t left = tile.k_end - tile.k_begin - step * kInner;
@@ -155,38 +159,117 @@ struct WgmmaTiles {
       more = walk.find(shape, kTileM, kTileN, number, &tile);  // while the last products are under way
       wait_for_products(sum);
       if (first_lane) arrive(used);
-      write_tile(present, warpgroup, sum);
+      if (shape.accumulate) {
+        write_tile<true>(present, warpgroup, sum);
+      } else {
+        write_tile<false>(present, warpgroup, sum);
+      }
     }
   }
 
-  HYBRIDMOE_DEVICE void write_pair(Out* row, std::int64_t column, float first, float second) const {
-    if (shape.pairs && column + 1 < shape.n) {
-      Vector<Out, 2> pair = {};
-      if (shape.accumulate) pair = load<Out, 2>(row + column);
-      pair.value[0] = rounded<Out>(shape.accumulate ? to_float(pair.value[0]) + first : first);
-      pair.value[1] = rounded<Out>(shape.accumulate ? to_float(pair.value[1]) + second : second);
-      store<Out, 2>(row + column, pair);
-      return;
+  // A tile of c on its way from memory to the L2 cache: by all consumers, two a row.
+  HYBRIDMOE_DEVICE void prefetch_tile(const Tile& tile) const {
+    constexpr int kLine = 128 / sizeof(Out), kLines = kTileN / kLine / 2;
+    const int thread = thread_index() - kWarpgroup;
+    const std::int64_t row = tile.m_begin + thread / 2;
+    if (row >= tile.m_end) return;
+    for (int i = 0; i < kLines; ++i) {
+      const std::int64_t column = tile.n_begin + (thread % 2 * kLines + i) * kLine;
+      if (column < shape.n) prefetch(group_of_c(tile) + row * shape.c_stride + column);
     }
-    if (column < shape.n)
-      row[column] = rounded<Out>(shape.accumulate ? to_float(row[column]) + first : first);
-    ++column;
-    if (column < shape.n)
-      row[column] = rounded<Out>(shape.accumulate ? to_float(row[column]) + second : second);
   }
 
+  // The 16 rows of c that a warp writes, from its thread's fragments of sums: see multiply_m64n256k16.
+  template <bool kAccumulate>
   HYBRIDMOE_DEVICE void write_tile(const Tile& tile, int warpgroup, const float (&sum)[128]) const {
     const int lane = thread_index() % kWarp, warp = thread_index() / kWarp % 4;
-    Out* result = c + (shape.grouped == Product::Groups::Inner ? tile.group * shape.m * shape.n : 0);
     HYBRIDMOE_UNROLL
     for (int half = 0; half < 2; ++half) {
       const std::int64_t row = tile.m_begin + 64 * warpgroup + 16 * warp + 8 * half + lane / 4;
-      if (row >= tile.m_end) continue;
-      HYBRIDMOE_UNROLL
-      for (int j = 0; j < kTileN / 8; ++j)
-        write_pair(result + row * shape.c_stride, tile.n_begin + 8 * j + 2 * (lane % 4),
-                   sum[4 * j + 2 * half], sum[4 * j + 2 * half + 1]);
+      const bool inside = row < tile.m_end;
+      Out* to = group_of_c(tile) + row * shape.c_stride + tile.n_begin;
+      const int columns = static_cast<int>(shape.n - tile.n_begin);
+      if (chunks) {
+        HYBRIDMOE_UNROLL
+        for (int first = 0; first < kTileN / 8; first += kBatch)
+          write_chunks<kAccumulate>(to + 8 * first, inside ? columns - 8 * first : 0, half, first, sum);
+      } else if (inside) {
+        write_elements<kAccumulate>(to, columns, half, sum);
+      }
     }
+  }
+
+  HYBRIDMOE_DEVICE Out* group_of_c(const Tile& tile) const {
+    return c + (shape.grouped == Product::Groups::Inner ? tile.group * shape.m * shape.n : 0);
+  }
+
+  template <bool kAccumulate>
+  HYBRIDMOE_DEVICE static void write_elements(Out* to, int columns, int half, const float (&sum)[128]) {
+    HYBRIDMOE_UNROLL
+    for (int i = 0; i < kTileN / 4; ++i) {
+      const int column = i / 2 * 8 + thread_index() % 4 * 2 + i % 2;
+      if (column >= columns) continue;
+      const float value = sum[i / 2 * 4 + 2 * half + i % 2];
+      to[column] = rounded<Out>(kAccumulate ? to_float(to[column]) + value : value);
+    }
+  }
+
+  // kBatch times 8 columns: the lanes of a quad, which share a row, have two of each 8, and exchange them
+  // until each has 16 bytes in one piece. A quad then writes whole sectors of 32 bytes.
+  static constexpr int kBatch = sizeof(Out) == 2 ? 4 : 16;
+  template <bool kAccumulate>
+  HYBRIDMOE_DEVICE static void write_chunks(Out* to, int columns, int half, int first,
+                                            const float (&sum)[128]) {
+    const int quad = thread_index() % 4;
+    if constexpr (sizeof(Out) == 2) {
+      std::uint32_t pair[4];
+      HYBRIDMOE_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        float low = sum[4 * (first + i) + 2 * half], high = sum[4 * (first + i) + 2 * half + 1];
+        if (kAccumulate && 8 * i < columns) {
+          const Vector<Out, 2> old = load<Out, 2>(to + 8 * i + 2 * quad);
+          low += to_float(old.value[0]), high += to_float(old.value[1]);
+        }
+        pair[i] = packed(low, high);
+      }
+      exchange<1>(quad, pair[0], pair[1]);
+      exchange<1>(quad, pair[2], pair[3]);
+      exchange<2>(quad, pair[0], pair[2]);
+      exchange<2>(quad, pair[1], pair[3]);
+      if (8 * quad < columns)
+        store<std::uint32_t, 4>(reinterpret_cast<std::uint32_t*>(to + 8 * quad),
+                                {pair[0], pair[1], pair[2], pair[3]});
+    } else {
+      // Even lanes get four columns of every first 8, odd ones of every second.
+      const int column = quad % 2 * 8 + quad / 2 * 4;
+      Vector<float, 4> old[kBatch / 2];
+      HYBRIDMOE_UNROLL
+      for (int i = 0; i < kBatch / 2; ++i) {
+        if (kAccumulate && 16 * i + column < columns) old[i] = load<float, 4>(to + 16 * i + column);
+      }
+      HYBRIDMOE_UNROLL
+      for (int i = 0; i < kBatch / 2; ++i) {
+        const float *low = &sum[4 * (first + 2 * i) + 2 * half], *high = low + 4;
+        Vector<float, 4> value = {low[0], low[1], high[0], high[1]};
+        exchange<1>(quad, value.value[0], value.value[2]);
+        exchange<1>(quad, value.value[1], value.value[3]);
+        if (16 * i + column >= columns) continue;
+        HYBRIDMOE_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          if (kAccumulate) value.value[j] += old[i].value[j];
+        }
+        store<float, 4>(to + 16 * i + column, value);
+      }
+    }
+  }
+
+  // The lane without bit kBit keeps `low` and gets the other's `low` as its `high`; the one with it the
+  // reverse.
+  template <int kBit, class T>
+  HYBRIDMOE_DEVICE static void exchange(int lane, T& low, T& high) {
+    const bool upper = (lane & kBit) != 0;
+    const T other = shuffle_xor(upper ? low : high, kBit);
+    (upper ? low : high) = other;
   }
 
   HYBRIDMOE_DEVICE void operator()() const {
