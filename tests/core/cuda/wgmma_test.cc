@@ -50,8 +50,7 @@ Backend* device_backend() {
   static const auto backend = []() -> std::unique_ptr<Backend> {
     try {
       return make_cuda_backend({.compute_type = DType::BF16, .grouped = GroupedKernel::Wgmma});
-    } catch (const Error& none) {
-      std::printf("%s\n", none.what());
+    } catch (const Error&) {
       return nullptr;
     }
   }();
