@@ -9,8 +9,9 @@
 
 namespace hybridmoe::cuda {
 
-// c [m, n] of Out = or += a [m, k] · b [k, n]; transposed: a is stored [k, m], b [n, k]. The maps describe a
-// and b as stored, all groups of a and the rows of all groups as one matrix, in boxes as make_boxes says.
+// c [m, n] of Out = or += a [m, k] · b [k, n]; transposed: a is stored [k, m], b [n, k]. Sums are fp32, in
+// the order of k: the same bits every time. The maps describe a and b as stored, in boxes of kABoxRows and
+// kBBoxRows; rows of all groups are one matrix, a grouped weight is a matrix a group.
 template <class Out, bool kATransposed, bool kBTransposed>
 struct WgmmaTiles {
   static constexpr int kTileM = 128, kTileN = 256, kInner = 64, kStages = 4;
@@ -36,7 +37,7 @@ struct WgmmaTiles {
   Out* c;
   bool chunks;  // 16 bytes of a row of c can be written at once
 
-  // Rows of a box: as many as the tile where they lie along k, else those of a step.
+  // As many as the tile where rows lie along k, else those of a step of the inner dimension.
   static constexpr int kABoxRows = kATransposed ? kInner : kTileM;
   static constexpr int kBBoxRows = kBTransposed ? kTileN : kInner;
 
@@ -179,7 +180,9 @@ struct WgmmaTiles {
     }
   }
 
-  // The 16 rows of c that a warp writes, from its thread's fragments of sums: see multiply_m64n256k16.
+  // The rows of c that a warp has, from its threads' fragments (see multiply_m64n256k16). Threads write them,
+  // not the copy engine: a box would also write rows behind the group's end, which are another tile's, and
+  // what is added to would have to come through shared memory that the ring needs.
   template <bool kAccumulate>
   HYBRIDMOE_DEVICE void write_tile(const Tile& tile, int warpgroup, const float (&sum)[128]) const {
     const int lane = thread_index() % kWarp, warp = thread_index() / kWarp % 4;
