@@ -6,11 +6,10 @@
 #include <exception>
 #include <map>
 #include <mutex>
-#include <setjmp.h>
 #include <sys/mman.h>
-#include <ucontext.h>
 #include <vector>
 
+#include "core/cuda/host_fibre.h"
 #include "core/error.h"
 
 namespace hybridmoe::cuda::host {
@@ -45,27 +44,6 @@ Guarded& guarded() {
 
 // What a thread waits for: that everybody of its warp or block has come as often as it, or a condition.
 enum class State { Ready, InWarp, InBlock, InCondition, Done };
-
-// Where a fibre goes on. A switch by setjmp leaves the signal mask alone, which ucontext's asks the system
-// for; sanitizers follow ucontext only.
-struct Place {
-  ucontext_t context;
-#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-  jmp_buf jump;
-#endif
-  bool begun = false;  // it has been there: `jump` is set
-};
-
-void switch_to(Place& from, Place& to) {
-#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-  from.begun = true;
-  if (_setjmp(from.jump) != 0) return;
-  if (to.begun) _longjmp(to.jump, 1);
-  setcontext(&to.context);
-#else
-  swapcontext(&from.context, &to.context);
-#endif
-}
 
 struct Fibre {
   Place place;
@@ -144,15 +122,11 @@ void Executor::start(int thread) {
   it.started.clear();
   if (goes_on) return;
   it.alive = true;
-  it.place.begun = false;
-  getcontext(&it.place.context);
-  it.place.context.uc_stack.ss_sp = stacks_ + thread * kStackBytes;
-  it.place.context.uc_stack.ss_size = kStackBytes;
-  it.place.context.uc_link = nullptr;
-  makecontext(&it.place.context, entry, 0);
+  it.place.begin(entry, stacks_ + thread * kStackBytes, kStackBytes);
 }
 
 void Executor::enter() noexcept {
+  entered_from(scheduler_);
   for (;;) {
     try {
       (*kernel_)();
