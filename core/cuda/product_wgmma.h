@@ -165,6 +165,7 @@ struct WgmmaTiles {
       } else {
         write_tile<false>(present, warpgroup, sum);
       }
+      sync_warp();  // lanes wrote other rows and columns; the next products take whole warps
     }
   }
 
