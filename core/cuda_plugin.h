@@ -18,18 +18,27 @@ enum class AttentionKernels {
   Cudnn,  // needs bf16, and cuDNN
 };
 
+// The kernel of grouped products of bf16 factors. None takes every shape: what it does not take, and fp32,
+// goes to the more general ones.
+enum class GroupedKernels {
+  Fastest,  // Mma: Wgmma has not been measured
+  Mma,      // mma.sync: every device
+  Wgmma,    // wgmma and bulk copies: devices of compute capability 9.x (H100, H200)
+};
+
 struct CudaOptions {
   DType compute_type = DType::BF16;  // or F32
   int device = 0;                    // of this host
   AttentionKernels attention = AttentionKernels::Auto;
+  GroupedKernels grouped = GroupedKernels::Fastest;
 };
 
 // The GPUs of this host, at least 1. Throws Error saying why there is none: this build has no plug-in, it
 // cannot be loaded (which library is missing), there is no driver, or no device.
 int cuda_device_count();
 
-// Opens a device. Throws Error as above, or when the device, or a library that the options insist on, cannot
-// be used.
+// Opens a device. Throws Error as above, or when the device, or a library or a kernel that the options insist
+// on, cannot be used.
 std::unique_ptr<Backend> make_cuda_backend(const CudaOptions& options);
 
 // A rank of a group that NCCL connects.
@@ -46,7 +55,7 @@ std::unique_ptr<DeviceCollectives> make_nccl_collectives(const NcclMember& membe
 
 // What the plug-ins export: made by the same compiler from the same sources, which the version is to tell.
 namespace cuda_plugin {
-constexpr int kVersion = 2;  // of the interfaces that they implement; to be raised with every change
+constexpr int kVersion = 3;  // of the interfaces that they implement; to be raised with every change
 using Version = int();
 using DeviceCount = int();
 using MakeBackend = Backend*(const CudaOptions&);

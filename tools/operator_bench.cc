@@ -39,15 +39,20 @@ void bench_operators(Backend& backend, const MachineLimits& limits, const Operat
   std::snprintf(line, sizeof line, "%-44s %10s %9s %8s %7s\n", "operator", "us", "GFLOP/s", "GB/s", "limit");
   out << line;
   for (const testing::OperatorCase& c : testing::benchmark_cases(bench.size)) {
-    if (c.name.find(bench.filter) == std::string::npos) continue;
-    testing::BoundCase bound(c, testing::Target(backend));
-    const double seconds = best_seconds(bound, backend.device() != Device::CPU, bench);
-    const double bytes = testing::moved_bytes(c, backend);
-    const double ideal = std::max(c.flops / limits.product_flops, bytes / limits.copy_bytes);
-    std::snprintf(line, sizeof line, "%-44s %10.1f %9.1f %8.2f %6.1f%%\n", c.name.c_str(), seconds * 1e6,
-                  c.flops / seconds * 1e-9, bytes / seconds * 1e-9, 100 * ideal / seconds);
-    out << line << std::flush;
+    if (c.name.find(bench.filter) != std::string::npos) bench_case(c, backend, limits, bench, out);
   }
+}
+
+void bench_case(const testing::OperatorCase& c, Backend& backend, const MachineLimits& limits,
+                const OperatorBench& bench, std::ostream& out) {
+  char line[160];
+  testing::BoundCase bound(c, testing::Target(backend));
+  const double seconds = best_seconds(bound, backend.device() != Device::CPU, bench);
+  const double bytes = testing::moved_bytes(c, backend);
+  const double ideal = std::max(c.flops / limits.product_flops, bytes / limits.copy_bytes);
+  std::snprintf(line, sizeof line, "%-44s %10.1f %9.1f %8.2f %6.1f%%\n", c.name.c_str(), seconds * 1e6,
+                c.flops / seconds * 1e-9, bytes / seconds * 1e-9, 100 * ideal / seconds);
+  out << line << std::flush;
 }
 
 }  // namespace hybridmoe

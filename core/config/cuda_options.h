@@ -20,6 +20,17 @@ inline CudaOptions cuda_options_of(const Config& config) {
       options.attention = AttentionKernels::Cudnn;
       break;
   }
+  switch (config.cuda().grouped_products()) {
+    case CudaKernels::FASTEST:
+      options.grouped = GroupedKernels::Fastest;
+      break;
+    case CudaKernels::MMA:
+      options.grouped = GroupedKernels::Mma;
+      break;
+    case CudaKernels::WGMMA:
+      options.grouped = GroupedKernels::Wgmma;
+      break;
+  }
   return options;
 }
 

@@ -4,8 +4,12 @@
 
 namespace hybridmoe::cuda {
 
-CudaBackend::CudaBackend(std::unique_ptr<DeviceRuntime> device, DType compute_type)
-    : device_(std::move(device)), compute_type_(compute_type) {
+CudaBackend::CudaBackend(std::unique_ptr<DeviceRuntime> device, DType compute_type, GroupedKernels grouped)
+    : device_(std::move(device)), compute_type_(compute_type), grouped_(grouped) {
+  require(grouped != GroupedKernels::Wgmma || device_->runs_wgmma(), device_->name(),
+          " does not run the wgmma kernel of grouped products: that needs compute capability 9.x, and a "
+          "plug-in built "
+          "for 90a");
   require(compute_type == DType::F32 || compute_type == DType::BF16,
           "the cuda backend computes in f32 or bf16, not ", name_of(compute_type));
 }

@@ -13,13 +13,14 @@
 #include "core/backend.h"
 #include "core/cuda/device.h"
 #include "core/cuda/segment_blocks.h"
+#include "core/cuda_plugin.h"
 
 namespace hybridmoe::cuda {
 
 class CudaBackend final : public Backend {
  public:
-  // device: where it runs. compute_type: F32 or BF16.
-  CudaBackend(std::unique_ptr<DeviceRuntime> device, DType compute_type);
+  // device: where it runs. compute_type: F32 or BF16. Throws Error when the device cannot run `grouped`.
+  CudaBackend(std::unique_ptr<DeviceRuntime> device, DType compute_type, GroupedKernels grouped);
   ~CudaBackend() override;
 
   std::string name() const override { return device_->name(); }
@@ -102,6 +103,7 @@ class CudaBackend final : public Backend {
 
   std::unique_ptr<DeviceRuntime> device_;
   DType compute_type_;
+  GroupedKernels grouped_;
   GrowingMemory workspace_;
   std::vector<std::unique_ptr<SegmentBlocks>> segment_blocks_;  // of every list of segments seen
 };

@@ -18,6 +18,7 @@ class DeviceRuntime {
   virtual std::string name() const = 0;  // "cuda (NVIDIA H200, ...)"
   virtual Device kind() const = 0;       // of its tensors
   virtual int processors() const = 0;    // how many blocks run at once, at the least
+  virtual bool runs_wgmma() const = 0;   // kernels of hopper.h: the device has them, and the code is there
   // Zeroed, aligned to 256 bytes. Throws Error naming the size when it cannot be had.
   virtual void* allocate(std::size_t bytes) = 0;
   virtual void release(void* memory, std::size_t bytes) noexcept = 0;

@@ -12,6 +12,19 @@
 namespace hybridmoe::cuda {
 namespace {
 
+// Whether the code that this device runs was compiled for its own instructions: 1 in that code alone.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+__device__ int hopper_code = 1;
+#else
+__device__ int hopper_code = 0;
+#endif
+
+bool has_hopper_code() {
+  int found = 0;
+  check_cuda(cudaMemcpyFromSymbol(&found, hopper_code, sizeof found), "asking for the kind of code");
+  return found == 1;
+}
+
 class Gpu final : public DeviceRuntime {
  public:
   explicit Gpu(const CudaOptions& options) : index_(options.device) {
@@ -38,6 +51,7 @@ class Gpu final : public DeviceRuntime {
   }
   Device kind() const override { return Device::CUDA; }
   int processors() const override { return properties_.multiProcessorCount; }
+  bool runs_wgmma() const override { return properties_.major == 9 && has_hopper_code(); }
 
   void* allocate(std::size_t bytes) override {
     void* memory = nullptr;

@@ -18,6 +18,7 @@ class HostDevice final : public DeviceRuntime {
   Device kind() const override { return guarded_ ? Device::CUDA : Device::CPU; }
   // More than one, so that blocks take turns at rows and tiles; few, so that each has several of them.
   int processors() const override { return 3; }
+  bool runs_wgmma() const override { return true; }
 
   void* allocate(std::size_t bytes) override {
     void* memory = allocate_shared(bytes);
@@ -58,8 +59,9 @@ class HostDevice final : public DeviceRuntime {
 
 }  // namespace
 
-std::unique_ptr<Backend> make_host_executed_backend(DType compute_type, bool guarded) {
-  return std::make_unique<CudaBackend>(std::make_unique<HostDevice>(guarded), compute_type);
+std::unique_ptr<Backend> make_host_executed_backend(DType compute_type, bool guarded,
+                                                    GroupedKernels grouped) {
+  return std::make_unique<CudaBackend>(std::make_unique<HostDevice>(guarded), compute_type, grouped);
 }
 
 }  // namespace hybridmoe::cuda

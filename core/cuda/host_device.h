@@ -5,12 +5,14 @@
 
 #include <memory>
 
-#include "core/backend.h"
+#include "core/cuda_plugin.h"
 
 namespace hybridmoe::cuda {
 
 // `guarded`: nobody but kernels and copies can read or write what `allocate` gave; its tensors say
 // Device::CUDA.
-std::unique_ptr<Backend> make_host_executed_backend(DType compute_type, bool guarded = false);
+// `grouped`: as in CudaOptions.
+std::unique_ptr<Backend> make_host_executed_backend(DType compute_type, bool guarded = false,
+                                                    GroupedKernels grouped = GroupedKernels::Fastest);
 
 }  // namespace hybridmoe::cuda

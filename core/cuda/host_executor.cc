@@ -6,18 +6,19 @@
 #include <exception>
 #include <map>
 #include <mutex>
-#include <setjmp.h>
 #include <sys/mman.h>
-#include <ucontext.h>
 #include <vector>
 
+#include "core/cuda/host_fibre.h"
 #include "core/error.h"
 
 namespace hybridmoe::cuda::host {
 namespace {
 
 constexpr int kLanes = 32, kMostThreads = 1024;
-constexpr std::size_t kStackBytes = 128 << 10, kMostShared = 227 << 10, kSharedAlignment = 1024;
+constexpr std::size_t kStackBytes = 128 << 10, kMostShared = 227 << 10;
+// Shared memory begins here behind a multiple of 1024 bytes: a kernel may count on the 128 alone.
+constexpr std::size_t kSharedAlignment = 128, kSharedPeriod = 1024;
 
 struct Copy {
   void* to;
@@ -41,29 +42,8 @@ Guarded& guarded() {
   return all;
 }
 
-// What a thread waits for: that everybody of its warp or block has come as often as it.
-enum class State { Ready, InWarp, InBlock, Done };
-
-// Where a fibre goes on. A switch by setjmp leaves the signal mask alone, which ucontext's asks the system
-// for; sanitizers follow ucontext only.
-struct Place {
-  ucontext_t context;
-#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-  jmp_buf jump;
-#endif
-  bool begun = false;  // it has been there: `jump` is set
-};
-
-void switch_to(Place& from, Place& to) {
-#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-  from.begun = true;
-  if (_setjmp(from.jump) != 0) return;
-  if (to.begun) _longjmp(to.jump, 1);
-  setcontext(&to.context);
-#else
-  swapcontext(&from.context, &to.context);
-#endif
-}
+// What a thread waits for: that everybody of its warp or block has come as often as it, or a condition.
+enum class State { Ready, InWarp, InBlock, InCondition, Done };
 
 struct Fibre {
   Place place;
@@ -71,6 +51,7 @@ struct Fibre {
   State state = State::Done;
   std::deque<std::vector<Copy>> groups;  // committed copies
   std::vector<Copy> started;
+  const std::function<bool()>* condition = nullptr;
 };
 
 struct Warp {
@@ -101,11 +82,11 @@ class Executor {
   std::int64_t x = 0, y = 0;
   int current = 0;
   std::vector<std::byte> shared;
-  // Aligned as kernels may expect it.
   std::byte* shared_begin() {
-    return shared.data() +
-           (kSharedAlignment - reinterpret_cast<std::uintptr_t>(shared.data()) % kSharedAlignment);
+    const auto address = reinterpret_cast<std::uintptr_t>(shared.data());
+    return shared.data() + (kSharedPeriod - address % kSharedPeriod) + kSharedAlignment;
   }
+  Background* background = nullptr;
   Fibre& fibre() { return fibres_[current]; }
   Warp& warp() { return warps_[current / kLanes]; }
 
@@ -113,6 +94,7 @@ class Executor {
   void start(int thread);
   bool release_warp(int warp);
   bool release_block();
+  bool release_conditions();
   [[noreturn]] void stuck() const;
 
   char* stacks_;
@@ -140,15 +122,11 @@ void Executor::start(int thread) {
   it.started.clear();
   if (goes_on) return;
   it.alive = true;
-  it.place.begun = false;
-  getcontext(&it.place.context);
-  it.place.context.uc_stack.ss_sp = stacks_ + thread * kStackBytes;
-  it.place.context.uc_stack.ss_size = kStackBytes;
-  it.place.context.uc_link = nullptr;
-  makecontext(&it.place.context, entry, 0);
+  it.place.begin(entry, stacks_ + thread * kStackBytes, kStackBytes);
 }
 
 void Executor::enter() noexcept {
+  entered_from(scheduler_);
   for (;;) {
     try {
       (*kernel_)();
@@ -184,21 +162,34 @@ bool Executor::release_block() {
   return true;
 }
 
+bool Executor::release_conditions() {
+  bool any = false;
+  for (int thread = 0; thread < grid.threads; ++thread) {
+    Fibre& it = fibres_[thread];
+    if (it.state != State::InCondition || !(*it.condition)()) continue;
+    it.state = State::Ready;
+    any = true;
+  }
+  return any;
+}
+
 void Executor::stuck() const {
-  int done = 0, in_warp = 0, in_block = 0;
+  int done = 0, in_warp = 0, in_block = 0, in_condition = 0;
   for (int thread = 0; thread < grid.threads; ++thread) {
     done += fibres_[thread].state == State::Done;
     in_warp += fibres_[thread].state == State::InWarp;
     in_block += fibres_[thread].state == State::InBlock;
+    in_condition += fibres_[thread].state == State::InCondition;
   }
   throw Error(cat("block (", x, ", ", y, ") of ", grid.threads, " threads cannot go on: ", in_warp,
-                  " threads wait in a warp operation and ", in_block, " at a block barrier, ", done,
-                  " have returned"));
+                  " threads wait in a warp operation, ", in_block, " at a block barrier and ", in_condition,
+                  " for a phase or a product, ", done, " have returned"));
 }
 
 void Executor::run_block() {
   std::memset(shared.data(), 0xff, shared.size());
   for (Warp& warp : warps_) warp.waiting = warp.parity = 0;
+  if (background != nullptr) background->block_begins();
   for (int thread = 0; thread < grid.threads; ++thread) start(thread);
   for (;;) {
     bool ran = false, all_done = true;
@@ -216,10 +207,11 @@ void Executor::run_block() {
         all_done = all_done && fibres_[warp * kLanes + lane].state == State::Done;
       }
     }
-    if (all_done) return;
-    if (release_block()) continue;
-    if (!ran) stuck();
+    if (all_done) break;
+    if (release_block() || release_conditions() || ran) continue;
+    if (background == nullptr || !background->go_on()) stuck();
   }
+  if (background != nullptr) background->block_ends();
 }
 
 void Executor::run(const Grid& whole, const std::function<void()>& kernel) {
@@ -233,7 +225,8 @@ void Executor::run(const Grid& whole, const std::function<void()>& kernel) {
   grid = whole;
   kernel_ = &kernel;
   failure_ = nullptr;
-  shared.resize(whole.shared_bytes + kSharedAlignment);
+  background = nullptr;
+  shared.resize(whole.shared_bytes + kSharedPeriod + kSharedAlignment);
   running_ = true;
   const OpenMemory open;
   try {
@@ -281,7 +274,21 @@ std::int64_t block_x() { return executor().x; }
 std::int64_t block_y() { return executor().y; }
 std::int64_t grid_x() { return executor().grid.x; }
 void* shared_memory() { return executor().shared_begin(); }
+std::size_t shared_bytes() { return executor().grid.shared_bytes; }
 void sync_block() { executor().wait(State::InBlock); }
+
+void wait_until(const std::function<bool()>& done) {
+  if (done()) return;
+  executor().fibre().condition = &done;
+  executor().wait(State::InCondition);
+}
+
+void attach(Background& background) {
+  Executor& all = executor();
+  if (all.background == &background) return;
+  all.background = &background;
+  background.block_begins();
+}
 
 const std::byte* exchange_in_warp(const void* value, int bytes) {
   require(bytes <= kLaneBytes, "a lane gives at most ", int{kLaneBytes}, " bytes, not ", bytes);

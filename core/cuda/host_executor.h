@@ -36,7 +36,10 @@ std::int64_t block_x();
 std::int64_t block_y();
 std::int64_t grid_x();
 void* shared_memory();  // every byte 0xff at first
+std::size_t shared_bytes();
 void sync_block();
+// Until `done` says so, which may change nothing. It is asked when other threads have run.
+void wait_until(const std::function<bool()>& done);
 
 // Bytes between the values of two lanes.
 constexpr int kLaneBytes = 64;
@@ -48,6 +51,18 @@ const std::byte* exchange_in_warp(const void* value, int bytes);
 void start_copy(void* to, const void* from, int bytes);  // null: zeros
 void commit_copies();                                    // those started since the last commit become a group
 void wait_for_copies(int left);  // of this thread's groups, until only the last `left` may be under way
+
+// What goes on beside the threads of a block: copies and products that a thread starts and others wait for.
+// It is asked to go on only when no thread can, so that everything arrives as late as it may.
+class Background {
+ public:
+  virtual ~Background() = default;
+  virtual void block_begins() = 0;
+  virtual bool go_on() = 0;       // the next thing that a thread waits for; false: there is none
+  virtual void block_ends() = 0;  // throws Error when something is still under way
+};
+// For all blocks of the running kernel from here on; attached twice is attached once.
+void attach(Background& background);
 
 // Of a warp, as portable.h describes them. given: four registers of a, two of b.
 void load_matrices(const void* row, bool transposed, std::uint32_t (&to)[4]);

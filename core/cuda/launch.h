@@ -28,8 +28,16 @@ inline cudaStream_t native(Stream* stream) {
   return stream == nullptr ? main_stream_of_process() : reinterpret_cast<cudaStream_t>(stream);
 }
 
+// A kernel that says how many of its blocks a processor is to hold is bound to the registers for that.
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads) run_kernel(const __grid_constant__ Kernel kernel) {
+constexpr int blocks_per_processor() {
+  if constexpr (requires { Kernel::kBlocksPerProcessor; }) return Kernel::kBlocksPerProcessor;
+  return 0;  // any
+}
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, blocks_per_processor<Kernel>())
+    run_kernel(const __grid_constant__ Kernel kernel) {
   kernel();
 }
 

@@ -11,6 +11,6 @@ int hybridmoe_cuda_device_count() { return hybridmoe::cuda::device_count(); }
 
 hybridmoe::Backend* hybridmoe_make_cuda_backend(const hybridmoe::CudaOptions& options) {
   using namespace hybridmoe::cuda;
-  return new CudaBackend(open_device(options), options.compute_type);
+  return new CudaBackend(open_device(options), options.compute_type, options.grouped);
 }
 }

@@ -32,13 +32,16 @@ struct Tile {
   std::int64_t k_begin, k_end;
 };
 
-// Walks through the tiles of all groups. Tile numbers must ascend.
+// Walks through the tiles of all groups. Tile numbers must ascend. Within a group they go down the rows of c
+// first, in strips of `strip` tiles across all columns: neighbouring tiles then share rows of a and columns
+// of b.
 struct TileWalk {
+  int strip = 0x7fffffff;                   // tiles
   std::int64_t group = 0, group_begin = 0;  // of the last tile found
 
   // False: there is no such tile.
   HYBRIDMOE_DEVICE bool find(const ProductShape& s, int tile_m, int tile_n, std::int64_t number, Tile* tile) {
-    const std::int64_t across = (s.n + tile_n - 1) / tile_n;
+    const auto across = static_cast<int>((s.n + tile_n - 1) / tile_n);
     for (;;) {
       if (group == s.groups) return false;
       const bool split = s.grouped != Product::Groups::None;
@@ -46,14 +49,17 @@ struct TileWalk {
       const std::int64_t last = split ? s.offsets[group + 1] : s.m;
       const bool inner = s.grouped == Product::Groups::Inner;
       const std::int64_t rows = inner ? s.m : last - first;
-      const std::int64_t down = (rows + tile_m - 1) / tile_m;
+      const auto down = static_cast<int>((rows + tile_m - 1) / tile_m);
       // A group without rows to sum over adds nothing.
-      const std::int64_t tiles = inner && last == first ? 0 : down * across;
+      const int tiles = inner && last == first ? 0 : down * across;
       if (number < group_begin + tiles) {
-        const std::int64_t in_group = number - group_begin, row = in_group % down * tile_m;
+        const auto in_group = static_cast<int>(number - group_begin);
+        const int high = strip < down ? strip : down, above = in_group / (high * across) * high;
+        const int in_strip = in_group - above * across, height = high < down - above ? high : down - above;
+        const std::int64_t row = above + in_strip % height, column = in_strip / height;
         const std::int64_t base = inner ? 0 : first;
-        *tile = {
-            group, base + row, base + rows, in_group / down * tile_n, inner ? first : 0, inner ? last : s.k};
+        *tile = {group,           base + row * tile_m, base + rows,
+                 column * tile_n, inner ? first : 0,   inner ? last : s.k};
         return true;
       }
       group_begin += tiles;

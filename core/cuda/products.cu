@@ -3,6 +3,7 @@
 
 #include "core/cuda/cuda_backend.h"
 #include "core/cuda/product_tiles.h"
+#include "core/cuda/wgmma_products.h"
 
 namespace hybridmoe::cuda {
 
@@ -154,6 +155,7 @@ void CudaBackend::multiply(const Product& p, Stream* stream) {
     return;
   }
   if (device_->multiply(p, stream)) return;
+  if (grouped_ == GroupedKernels::Wgmma && multiply_by_wgmma(p, device_->processors(), stream)) return;
   const ProductShape shape(p);
   const int processors = device_->processors();
   if (p.a.dtype == DType::F32) {

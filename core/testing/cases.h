@@ -11,6 +11,10 @@ namespace hybridmoe::testing {
 
 std::vector<OperatorCase> operator_cases();
 
+// Products whose sizes are at and beside the edges of tiles of 128 × 256 × 64, for kernels with such tiles:
+// not among the others, since on other backends they take long.
+std::vector<OperatorCase> tile_edge_cases();
+
 // What the benchmark cases are sized by; defaults are the small model of docs/benchmarks.md.
 struct BenchmarkSize {
   std::int64_t sequences = 8, sequence_length = 512;

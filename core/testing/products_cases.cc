@@ -193,6 +193,24 @@ void add_products(Cases& cases) {
   cases.push_back(zero_case("i64_vector", kI64, {5}, 0));
 }
 
+std::vector<OperatorCase> tile_edge_cases() {
+  constexpr WeightLayout kOut = WeightLayout::OutputMajor, kIn = WeightLayout::InputMajor;
+  Cases cases;
+  const std::vector<std::int64_t> groups = {0, 1, 127, 128, 129, 300, 0};
+  for (const WeightLayout layout : {kOut, kIn}) {
+    const std::string major = layout == kOut ? "output_major" : "input_major";
+    // Three rows of no group; n and k of 256 and 64, 8 less and 8 more.
+    add_linear({major + "_tiles_72x264", 688, 72, 264, layout, false, 8, groups}, cases);
+    add_linear({major + "_tiles_248x56", 685, 248, 56, layout, false, 0, groups}, cases);
+    add_linear({major + "_tiles_64x256_accumulate", 688, 64, 256, layout, true, 8, groups}, cases);
+    // No vectors of c can be written.
+    cases.push_back(linear_forward({major + "_tiles_16x257", 140, 16, 257, layout, false, 0, {3, 130}}));
+  }
+  cases.push_back(linear_logits({"tiles_logits_accumulate", 70, 72, 265, kOut, true}));
+  cases.push_back(linear_logits({"tiles_logits", 130, 200, 264, kOut, false}));
+  return cases;
+}
+
 void add_products(const BenchmarkSize& z, Cases& cases) {
   constexpr WeightLayout kOut = WeightLayout::OutputMajor, kIn = WeightLayout::InputMajor;
   const std::int64_t qkv = (z.heads + 2 * z.kv_heads) * z.head_dim;

@@ -28,7 +28,8 @@ TEST(ConfigChanges, WhatOnlyGuidesTheRestIsFree) {
   EXPECT_TRUE(changes({"name=b", "steps=5000", "optimizer.learning_rate=1e-3", "schedule.shape=LINEAR",
                        "checkpoint.every=7", "evaluation.every=3", "telemetry.enabled=false",
                        "data.skip={begin: 1 end: 9}", "model.recompute=true", "parallel.threads=2",
-                       "parallel.exchange=FLAT", "parallel.watchdog_seconds=0", "cuda.attention=OWN"})
+                       "parallel.exchange=FLAT", "parallel.watchdog_seconds=0", "cuda.attention=OWN",
+                       "cuda.grouped_products=MMA"})
                   .empty());
 }
 

@@ -3,29 +3,17 @@
 #include <gtest/gtest.h>
 
 #include "core/cuda/cuda_backend.h"
+#include "tests/core/cuda/idle_device.h"
 
 namespace hybridmoe::cuda {
 namespace {
 
 // Finishes when it has been asked so many times.
-class SlowDevice final : public DeviceRuntime {
+class SlowDevice final : public IdleDevice {
  public:
   explicit SlowDevice(int* questions) : questions_(questions) {}
-  std::string name() const override { return "slow"; }
-  Device kind() const override { return Device::CPU; }
-  int processors() const override { return 1; }
-  void* allocate(std::size_t) override { return nullptr; }
-  void release(void*, std::size_t) noexcept override {}
-  void* allocate_shared(std::size_t) override { return nullptr; }
-  void release_shared(void*, std::size_t) noexcept override {}
-  Stream* main_stream() override { return nullptr; }
   bool finished(Stream*) override { return --*questions_ < 0; }
   void synchronize(Stream*) override { EXPECT_LT(*questions_, 0) << "blocked, where nobody could be asked"; }
-  void copy(void*, const void*, std::size_t, Stream*) override {}
-  void fill_zero(void*, std::size_t, Stream*) override {}
-  bool multiply(const Product&, Stream*) override { return false; }
-  bool attention_forward(const AttentionForward&, float*, Stream*) override { return false; }
-  bool attention_backward(const AttentionBackward&, Stream*) override { return false; }
 
  private:
   int* questions_;
@@ -35,7 +23,7 @@ using Moment = Backend::Moment;
 
 struct Waits {
   int questions = 0;
-  CudaBackend backend{std::make_unique<SlowDevice>(&questions), DType::F32};
+  CudaBackend backend{std::make_unique<SlowDevice>(&questions), DType::F32, GroupedKernels::Fastest};
   std::vector<Moment> moments;
   bool fails = false;
 
