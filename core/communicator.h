@@ -3,8 +3,10 @@
 //
 // Contract: every rank of the group issues the same collectives in the same program order. A call returns at
 // once with an event; inputs may be reused and outputs read when the event is done (`wait`). `label` names
-// the collective in a watchdog's report; it must be a string literal. Reductions have a fixed order: the same
-// inputs on the same layout give the same bits. Destroying a communicator performs no collective.
+// the collective in a watchdog's report; it must be a string literal. A communicator for tensors of a device
+// comes after what is queued on the backend's main stream: callers need not wait before they call. Reductions
+// have a fixed order: the same inputs on the same layout give the same bits. Destroying a communicator
+// performs no collective.
 #pragma once
 
 #include <cstdint>

@@ -18,6 +18,7 @@ void for_parts(const ParameterStore::Bucket& bucket, std::int64_t begin, std::in
     bucket.get_masters(first, part, backend, backend.main_stream());
     body(first, part);
   }
+  backend.synchronize(backend.main_stream());  // the buffer ends here
 }
 
 }  // namespace
@@ -38,7 +39,6 @@ void HostMasters::update(const ParameterStore::Bucket& bucket, std::int64_t begi
     host_.update(values, change);
     bucket.set_masters(first, values, backend_, backend_.main_stream());
   });
-  backend_.synchronize(backend_.main_stream());
 }
 
 }  // namespace hybridmoe

@@ -5,6 +5,7 @@
 #include <chrono>
 
 #include "core/buffer.h"
+#include "core/random.h"
 
 namespace hybridmoe {
 namespace {
@@ -16,12 +17,21 @@ struct ProductShape {
 // fill it.
 constexpr std::array<ProductShape, 3> kShapes = {{{1024, 768, 1024}, {2048, 512, 512}, {768, 1024, 768}}};
 
-// Written once, so that it is memory of its own and not the system's one page of zeros. Products take the
-// same time whatever the finite values are.
+// Written once, so that it is memory of its own and not the system's one page of zeros; with values, since a
+// GPU that multiplies zeros needs less power and clocks higher than it does with any others.
 class Written : public Buffer {
  public:
   Written(Backend& backend, DType dtype, const Shape& shape) : Buffer(backend, dtype, shape) {
-    backend.zero(tensor(), backend.main_stream());
+    constexpr std::int64_t kValues = 1 << 16;
+    const Buffer values(backend, DType::F64, {kValues}, Where::Shared);
+    const Random random(1, "operands");
+    for (std::int64_t i = 0; i < kValues; ++i) values.tensor().ptr<double>()[i] = random.normal(i);
+    const Tensor all = tensor().reshape({tensor().elements()});
+    for (std::int64_t begin = 0; begin < all.elements(); begin += kValues) {
+      const std::int64_t end = std::min(begin + kValues, all.elements());
+      backend.convert(values.tensor().flat(0, end - begin), all.flat(begin, end), backend.main_stream());
+    }
+    backend.synchronize(backend.main_stream());
   }
 };
 

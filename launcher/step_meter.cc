@@ -23,7 +23,10 @@ enum RankSecond : int {
 enum LayerMax : int { kResidAbsmax, kAttnLogitMax, kLayerMaxima };
 enum SingleMax : int { kLseMax, kOutputLogitMax, kSingleMaxima };
 
-constexpr std::int64_t kRounded = 1 << 14;  // weights that are compared with their masters at once
+// Weights that are compared with their masters at once; on a device each comparison is a copy to the host.
+std::int64_t rounded_at_once(const Backend& backend) {
+  return std::int64_t{1} << (backend.device() == Device::CPU ? 14 : 22);
+}
 
 // Whose gradients tell the noise: matrices that every token meets, each whole on one tensor group.
 bool is_dense(TensorKind kind) {
@@ -85,7 +88,8 @@ void StepMeter::plan(MemoryPlan& memory, int layers, int moe_layers) {
   add(&local_squares_, "squares before sharding", {1, kGradColumns});
   if (moe_layers > 0) add(&expert_table_, "squares of experts", {moe_layers * experts_, kGradColumns});
   if (config_.check_every() > 0 && backend_.compute_type() != backend_.statistics_type()) {
-    memory.add(&rounded_, "rounded masters", {kRounded}, backend_.compute_type(), "statistics");
+    memory.add(&rounded_, "rounded masters", {rounded_at_once(backend_)}, backend_.compute_type(),
+               "statistics");
   }
   lay_out_experts();
   lay_out_dense();

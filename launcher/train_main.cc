@@ -59,18 +59,22 @@ int main(int argc, char** argv) {
   hybridmoe::Activity activity;
   hybridmoe::Watchdog watchdog(activity);
   hybridmoe::MpiEnvironment mpi(&argc, &argv);
+  const auto end_job = [&](const std::string& error) {
+    std::fprintf(stderr, "hybridmoe-train: rank %d: %s\n", mpi.rank(), error.c_str());
+    watchdog.failed(error);
+    mpi.abort(1);
+  };
   try {
     const hybridmoe::MpiWorld world;
     try {
-      return hybridmoe::run_worker(options, world, {activity, watchdog}, [&] { return stop.name(); });
+      return hybridmoe::run_worker(options, world, {activity, watchdog, end_job},
+                                   [&] { return stop.name(); });
     } catch (const hybridmoe::SharedError& error) {
       // Every rank has the same message: one of them prints it, and all end in order.
       if (mpi.rank() == 0) std::fprintf(stderr, "hybridmoe-train: %s\n", error.what());
       return 1;
     }
   } catch (const std::exception& error) {
-    std::fprintf(stderr, "hybridmoe-train: rank %d: %s\n", mpi.rank(), error.what());
-    watchdog.failed(error.what());
-    mpi.abort(1);
+    end_job(error.what());
   }
 }

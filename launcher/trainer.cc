@@ -210,6 +210,8 @@ void Trainer::run_micro_batches(StepResult* result) {
     const bool last = m + 1 == micro_batches_;
     model_.forward_backward(micro_batch(m), scale, &statistics, [&](int stage) {
       if (stage == 0) {
+        // The one wait within a micro-batch: else the time would be that of queuing.
+        backend_.synchronize(backend_.main_stream());
         result->seconds.forward += watch.lap() - weight_seconds_;
         result->seconds.work.forward += watch.worked();
         result->seconds.communication += std::exchange(weight_seconds_, 0);

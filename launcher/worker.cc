@@ -204,6 +204,7 @@ int run_worker(const TrainOptions& options, const MpiWorld& ranks, const Watchin
     return worker.run();
   } catch (const std::exception& error) {
     worker.failed(error.what());
+    if (dynamic_cast<const SharedError*>(&error) == nullptr) worker.leave_device(error.what());
     throw;
   }
 }

@@ -22,17 +22,21 @@ struct TrainOptions {
   std::string program;                      // argv[0], for messages
 };
 
-// What tells the outside what this rank is doing. Both outlive the worker.
+// What tells the outside what this rank is doing, and ends the job for an error of this rank alone; does not
+// return. All outlive the worker.
 struct Watching {
   Activity& activity;
   Watchdog& watchdog;
+  std::function<void(const std::string& error)> end_job;
 };
 
 // Trains until the configured number of steps is done or `stop_requested` says so on any rank; then saves and
 // returns. Collective over `ranks`, which outlives the call. Returns the exit status: 0, or 1 when something
 // was lost on the way (a checkpoint that could not be saved, log records). Throws the same Error on every
 // rank for everything a user can get wrong. stop_requested returns a signal's name, empty for "go on". The
-// watchdog is started as soon as the configuration is known.
+// watchdog is started as soon as the configuration is known. An error of one rank alone ends the job from
+// within where it trains on a GPU: the device may be in a collective that never ends, and giving its memory
+// back would wait for that.
 int run_worker(const TrainOptions& options, const MpiWorld& ranks, const Watching& watching,
                const std::function<std::string()>& stop_requested);
 

@@ -62,6 +62,12 @@ class Worker {
   int run();
   // An error ends this rank: its history is written.
   void failed(const std::string& error) { leave_history(EventRecord::OTHER, error); }
+  // Ends the job, with the log written as far as it is known, if there is a device to leave.
+  void leave_device(const std::string& error) {
+    if (devices_ == 0) return;
+    recorder_.reset();
+    watching_.end_job(error);
+  }
 
  private:
   void load();

@@ -179,7 +179,6 @@ void AttentionLayer::head_forward(const Pass& pass, const Operand& part, const T
     call.sumsq = statistics_.rows(0, pass.tokens());
     machine_.backend.head_norm_statistics({x, call.sumsq}, pass.stream);
     if (!part.counts) machine_.backend.zero(call.sumsq, pass.stream);
-    machine_.backend.synchronize(pass.stream);
     machine_.groups.tensor->all_reduce(call.sumsq, ReduceOp::Sum, "head norm sums").wait();
   }
   machine_.backend.head_norm_rope_forward(call, pass.stream);
@@ -195,7 +194,6 @@ void AttentionLayer::head_backward(const Pass& pass, const Operand& part, const 
   if (call.forward.norm == HeadNormKind::FullWidth) {
     call.dot = statistics_.rows(0, pass.tokens());
     machine_.backend.head_norm_backward_statistics({call.forward, dy, call.dot}, pass.stream);
-    machine_.backend.synchronize(pass.stream);
     machine_.groups.tensor->all_reduce(call.dot, ReduceOp::Sum, "head norm gradient sums").wait();
     // Ranks with the same heads each have a part of their gradient; together they subtract the sum once.
     if (!part.counts) machine_.backend.zero(call.dot, pass.stream);
@@ -285,7 +283,7 @@ void AttentionLayer::forward(const Pass& pass, const Tensor& x, const Tensor& br
                               .rstd = saved_.rstd.rows(0, own)},
                              pass.stream);
   }
-  qkv_forward(pass, sequence.gather(in, SequenceParallel::kFirst, "attention input", pass.stream).wait(),
+  qkv_forward(pass, sequence.gather(in, SequenceParallel::kFirst, "attention input").wait(),
               saved_.qkv.rows(0, all));
   const Tensor qkv = saved_.qkv.rows(0, n);
   const bool cached = !k_cache_.empty();
@@ -314,10 +312,9 @@ void AttentionLayer::backward(const Pass& pass, const Tensor& x, const Tensor& d
   SequenceParallel& sequence = machine_.sequence;
   const std::int64_t n = pass.tokens(), own = pass.rows();
   const bool before = shape_.attn_norm == RESIDUAL_BEFORE;
-  const Tensor all_dy =
-      sequence.gather(dy, SequenceParallel::kFirst, "attention output gradient", pass.stream).wait();
-  const auto inputs = sequence.gather(before ? saved_.normed.rows(0, own) : x, SequenceParallel::kSecond,
-                                      "attention input", pass.stream);
+  const Tensor all_dy = sequence.gather(dy, SequenceParallel::kFirst, "attention output gradient").wait();
+  const auto inputs =
+      sequence.gather(before ? saved_.normed.rows(0, own) : x, SequenceParallel::kSecond, "attention input");
   const Tensor qkv = saved_.qkv.rows(0, n), dqkv = dqkv_.rows(0, n);
   const Tensor o = saved_.o.rows(0, n), dc = dc_.rows(0, n);
   be.linear_backward_weight({.x = shape_.c_norm ? saved_.c.rows(0, n) : o,

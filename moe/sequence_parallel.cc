@@ -10,11 +10,9 @@ void SequenceParallel::plan(MemoryPlan& memory, std::int64_t rows, std::int64_t 
   memory.add(&sum_, "summed rows", {rows, d}, C, "gathered rows");
 }
 
-SequenceParallel::Gathering SequenceParallel::gather(const Tensor& own, Buffer buffer, const char* label,
-                                                     Stream* stream) {
+SequenceParallel::Gathering SequenceParallel::gather(const Tensor& own, Buffer buffer, const char* label) {
   if (ranks() == 1) return {own, {}};
   const Tensor all = buffers_[buffer].rows(0, ranks() * own.rows());
-  backend_.synchronize(stream);
   return {all, tensor_.all_gather(own, all, label)};
 }
 
@@ -26,7 +24,6 @@ void SequenceParallel::reduce(const Tensor& partial, const Tensor& target, bool 
                               Stream* stream) {
   if (ranks() == 1) return;
   const Tensor sum = accumulate ? sum_.rows(0, target.rows()) : target;
-  backend_.synchronize(stream);
   tensor_.reduce_scatter(partial, sum, label).wait();
   if (accumulate) backend_.add(target, sum, target, stream);
 }

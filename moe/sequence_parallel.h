@@ -35,7 +35,7 @@ class SequenceParallel {
     }
   };
   // own [n, d]: must stay as it is until the rows are there.
-  Gathering gather(const Tensor& own, Buffer buffer, const char* label, Stream* stream);
+  Gathering gather(const Tensor& own, Buffer buffer, const char* label);
 
   // Where the partial result for `target` [n, d] is to be written: [T n, d], `target` itself with one rank.
   Tensor partial(const Tensor& target, Buffer buffer) const;

@@ -36,8 +36,7 @@ void SwigluMlp::plan_temporaries(MemoryPlan& memory, std::int64_t rows) {
 
 void SwigluMlp::forward_hidden(const Pass& pass, const Tensor& x) {
   const Tensor hidden = gate_up_rows_.rows(0, pass.all_rows());
-  const Tensor all =
-      machine_.sequence.gather(x, SequenceParallel::kFirst, "feed-forward input", pass.stream).wait();
+  const Tensor all = machine_.sequence.gather(x, SequenceParallel::kFirst, "feed-forward input").wait();
   machine_.backend.linear_forward({.x = all, .weight = parameters_.weight(gate_up_), .y = hidden},
                                   pass.stream);
 }
@@ -60,9 +59,8 @@ void SwigluMlp::backward_hidden(const Pass& pass, const Tensor& x, const Tensor&
   Backend& be = machine_.backend;
   SequenceParallel& sequence = machine_.sequence;
   const Tensor hidden = gate_up_rows_.rows(0, pass.all_rows()), act = act_.rows(0, pass.all_rows());
-  const Tensor all_g =
-      sequence.gather(g, SequenceParallel::kFirst, "feed-forward output gradient", pass.stream).wait();
-  const auto inputs = sequence.gather(x, SequenceParallel::kSecond, "feed-forward input", pass.stream);
+  const Tensor all_g = sequence.gather(g, SequenceParallel::kFirst, "feed-forward output gradient").wait();
+  const auto inputs = sequence.gather(x, SequenceParallel::kSecond, "feed-forward input");
   be.linear_backward_input(
       {.dy = all_g, .weight = parameters_.weight(down_), .dx = act, .layout = WeightLayout::InputMajor},
       pass.stream);

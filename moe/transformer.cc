@@ -10,11 +10,13 @@ namespace hybridmoe {
 namespace {
 
 // Tokens of an LM head chunk: enough rows for efficient products, few enough to keep the logits within 32 MiB
-// of fp32.
-std::int64_t head_chunk(std::int64_t rows, std::int64_t vocabulary) {
-  constexpr std::int64_t kElements = 8 << 20;
-  return std::clamp<std::int64_t>(kElements / vocabulary, std::min<std::int64_t>(rows, 64),
-                                  std::min<std::int64_t>(rows, 1024));
+// of fp32. A GPU needs more rows to be full, and reads and writes the head's weight and its gradient once for
+// each chunk: 512 MiB.
+std::int64_t head_chunk(std::int64_t rows, std::int64_t vocabulary, Device device) {
+  const std::int64_t elements = (device == Device::CPU ? 8 : 128) << 20,
+                     most = device == Device::CPU ? 1024 : 4096;
+  return std::clamp<std::int64_t>(elements / vocabulary, std::min<std::int64_t>(rows, 64),
+                                  std::min(rows, most));
 }
 
 }  // namespace
@@ -78,7 +80,8 @@ void Transformer::plan(MemoryPlan& memory, const Size& size) {
     block->plan(memory, size.sequences, size.length, size.training, size.training && !model_.recompute(),
                 size.cache_positions);
   }
-  chunk_ = head_chunk(size.cache_positions > 0 ? 1 : n * T, vocabulary_part_.size());
+  chunk_ =
+      head_chunk(size.cache_positions > 0 ? 1 : n * T, vocabulary_part_.size(), machine_.backend.device());
   MemoryPlan::Scope head(memory);
   memory.add(&logits_, "logits", {chunk_, vocabulary_part_.size()}, S, "workspace");
   if (size.training && C != S)
@@ -183,10 +186,8 @@ void Transformer::head_partial(const Pass& pass, const MicroBatch& batch, std::i
                                  .target_logit = finish->target_logit},
                                 pass.stream);
   machine_.backend.convert(local_max, finish->max, pass.stream);
-  machine_.backend.synchronize(pass.stream);
   tensor.all_reduce(finish->max, ReduceOp::Max, "logit maximum").wait();
   machine_.backend.head_rescale({local_max, finish->max, finish->sumexp}, pass.stream);
-  machine_.backend.synchronize(pass.stream);
   const Event sum = tensor.all_reduce(finish->sumexp, ReduceOp::Sum, "logit sums");
   tensor.all_reduce(finish->target_logit, ReduceOp::Sum, "target logits").wait();
   sum.wait();
@@ -197,7 +198,7 @@ void Transformer::run_head(const Pass& pass, const MicroBatch& batch, double sca
   SequenceParallel& sequence = machine_.sequence;
   const std::int64_t n = pass.tokens();
   const Tensor own = h_.rows(0, pass.rows());
-  const Tensor h = sequence.gather(own, SequenceParallel::kFirst, "LM head input", pass.stream).wait();
+  const Tensor h = sequence.gather(own, SequenceParallel::kFirst, "LM head input").wait();
   const Tensor d = gradient ? d_.rows(0, pass.rows()) : Tensor{};
   const Tensor dh = gradient ? sequence.partial(d, SequenceParallel::kSecond) : Tensor{};
   for (std::int64_t begin = 0; begin < n; begin += chunk_) {
@@ -280,8 +281,7 @@ void Transformer::forward_backward(const MicroBatch& batch, const LossScale& sca
     machine_.groups.mark_layer(-1);
     if (on_stage) on_stage(layers() - l);
   }
-  const Tensor all_d =
-      machine_.sequence.gather(d, SequenceParallel::kFirst, "embedding gradient", pass.stream).wait();
+  const Tensor all_d = machine_.sequence.gather(d, SequenceParallel::kFirst, "embedding gradient").wait();
   be.embedding_backward({.tokens = batch.tokens,
                          .dy = all_d,
                          .first_row = vocabulary_part_.begin,
@@ -319,8 +319,7 @@ Tensor Transformer::next_token_logits(const Tensor& tokens, std::int64_t first_p
   std::copy_n(tokens.ptr<std::int32_t>(), tokens.rows(), padded.ptr<std::int32_t>());
   forward(pass, padded);
   const Tensor own = h_.rows(0, pass.rows());
-  const Tensor h =
-      machine_.sequence.gather(own, SequenceParallel::kFirst, "LM head input", pass.stream).wait();
+  const Tensor h = machine_.sequence.gather(own, SequenceParallel::kFirst, "LM head input").wait();
   const std::int64_t last = tokens.rows() - 1;
   // Each rank of the tensor group has the logits of its part of the vocabulary.
   machine_.backend.zero(all_logits_, pass.stream);

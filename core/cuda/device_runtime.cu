@@ -32,10 +32,7 @@ class Gpu final : public DeviceRuntime {
     check_cuda(cudaGetDeviceProperties(&properties_, index_), "asking for the device's properties");
     require(properties_.major >= 8, "device ", index_, " (", properties_.name, ") has compute capability ",
             properties_.major, ".", properties_.minor, "; 8.0 or more is needed");
-    if (main_stream_of_process() == nullptr) {
-      check_cuda(cudaStreamCreateWithFlags(&main_stream_of_process(), cudaStreamNonBlocking),
-                 "creating a stream");
-    }
+    main_stream_of_process();
     products_ = std::make_unique<LibraryProducts>(*this);
     if (options.attention == AttentionKernels::Cudnn) open_library_attention(options.compute_type);
   }

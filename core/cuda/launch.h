@@ -19,8 +19,13 @@ struct Grid {
 #ifdef __CUDACC__
 
 // A process works with one device, and has one main stream: what null stands for.
-inline cudaStream_t& main_stream_of_process() {
-  static cudaStream_t stream = nullptr;
+inline cudaStream_t main_stream_of_process() {
+  // Made once, whichever of the threads that are ranks comes first.
+  static const cudaStream_t stream = [] {
+    cudaStream_t made = nullptr;
+    check_cuda(cudaStreamCreateWithFlags(&made, cudaStreamNonBlocking), "creating a stream");
+    return made;
+  }();
   return stream;
 }
 // Stream is opaque outside of this folder: here it is CUDA's.
@@ -41,16 +46,19 @@ __global__ void __launch_bounds__(Kernel::kThreads, blocks_per_processor<Kernel>
   kernel();
 }
 
-// Lets a kernel have as much shared memory as a block can: once for all launches, since threads that are
-// ranks launch it with different sizes.
-inline bool grant_shared_memory(const void* kernel) {
+// Lets a kernel have as much shared memory as a block can, and says how much that is: once for all launches,
+// since threads that are ranks launch it with different sizes.
+inline std::size_t grant_shared_memory(const void* kernel) {
   int device = 0, most = 0;
   check_cuda(cudaGetDevice(&device), "asking for the device");
   check_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
              "asking for the most shared memory");
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
              "asking for shared memory");
-  return true;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                  cudaSharedmemCarveoutMaxShared),
+             "asking for shared memory");
+  return static_cast<std::size_t>(most);
 }
 
 // Queues kernel() for every thread of the grid. Kernel::kThreads is the most threads that a block of it has.
@@ -58,8 +66,10 @@ template <class Kernel>
 void launch(const Kernel& kernel, const Grid& grid, Stream* stream) {
   constexpr std::size_t kWithoutAsking = 48 << 10;
   if (grid.shared_bytes > kWithoutAsking) {
-    static const bool granted = grant_shared_memory(reinterpret_cast<const void*>(&run_kernel<Kernel>));
-    static_cast<void>(granted);
+    static const std::size_t most = grant_shared_memory(reinterpret_cast<const void*>(&run_kernel<Kernel>));
+    require(grid.shared_bytes <= most, "a kernel needs ", grid.shared_bytes,
+            " bytes of shared memory for this model's sizes, a block of this GPU has ", most,
+            "; a GPU of compute capability 8.0 or 9.0 has more");
   }
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
   run_kernel<<<blocks, static_cast<unsigned>(grid.threads), grid.shared_bytes, native(stream)>>>(kernel);

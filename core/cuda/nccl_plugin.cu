@@ -2,6 +2,8 @@
 // stream beside the backend's main stream, each waiting for the other by events, never the host. Sums over
 // ranks have the order of the ranks: a reduce-scatter is an exchange of parts and a kernel that adds them up,
 // in fp32 where the type is bf16, as core/communicator.h asks.
+#include <algorithm>
+#include <cstdlib>
 #include <nccl.h>
 
 #include "core/cuda/cuda_error.h"
@@ -16,6 +18,31 @@ void check_nccl(ncclResult_t status, const char* what) {
   require(status == ncclSuccess || status == ncclInProgress, "NCCL: ", what,
           " failed: ", ncclGetErrorString(status));
 }
+
+// Calls that go together; closed even when one of them fails.
+class Grouped {
+ public:
+  explicit Grouped(const char* what) : what_(what) { check_nccl(ncclGroupStart(), what); }
+  ~Grouped() {
+    if (open_) ncclGroupEnd();
+  }
+  Grouped(const Grouped&) = delete;
+  Grouped& operator=(const Grouped&) = delete;
+  void check(ncclResult_t status) const { check_nccl(status, what_); }
+  void end() {
+    open_ = false;
+    check(ncclGroupEnd());
+  }
+
+ private:
+  const char* what_;
+  bool open_ = true;
+};
+
+// A rank has a communicator for each of its groups, and their kernels may run at the same time: NCCL is to
+// start them in the program's order everywhere, lest two ranks wait for each other (2.26 and newer know
+// this).
+void order_launches() { setenv("NCCL_LAUNCH_ORDER_IMPLICIT", "1", 0); }
 
 ncclDataType_t type_of(DType dtype) {
   switch (dtype) {
@@ -68,6 +95,7 @@ class NcclCollectives final : public DeviceCollectives {
         main_(reinterpret_cast<cudaStream_t>(backend.main_stream())),
         rank_(member.rank),
         size_(member.size) {
+    order_launches();
     ncclUniqueId id;
     static_assert(sizeof id.internal == sizeof member.id);
     std::memcpy(id.internal, member.id.data(), sizeof id.internal);
@@ -75,21 +103,15 @@ class NcclCollectives final : public DeviceCollectives {
     check_cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
   }
   ~NcclCollectives() override {
+    ncclCommAbort(group_);  // no collective: other ranks may be gone, and freeing memory waits for kernels
     for (const cudaEvent_t event : free_events_) cudaEventDestroy(event);
-    if (parts_ != nullptr) backend_.release(parts_, parts_bytes_);
-    ncclCommAbort(group_);  // no collective: other ranks may be gone
     cudaStreamDestroy(stream_);
+    if (parts_ != nullptr) backend_.release(parts_, parts_bytes_);
   }
   NcclCollectives(const NcclCollectives&) = delete;
   NcclCollectives& operator=(const NcclCollectives&) = delete;
 
-  Event all_reduce(const Tensor& data, ReduceOp op) override {
-    begin();
-    check_nccl(ncclAllReduce(data.data, data.data, count_of(data), type_of(data.dtype),
-                             op == ReduceOp::Sum ? ncclSum : ncclMax, group_, stream_),
-               "all-reduce");
-    return end();
-  }
+  Event all_reduce(const Tensor& data, ReduceOp op) override;
   Event reduce_scatter(const Tensor& input, const Tensor& output) override;
   Event all_gather(const Tensor& input, const Tensor& output) override {
     begin();
@@ -136,7 +158,6 @@ class NcclCollectives final : public DeviceCollectives {
     cudaEvent_t event_;
   };
 
-  static std::size_t count_of(const Tensor& tensor) { return static_cast<std::size_t>(tensor.elements()); }
   cudaEvent_t take_event() {
     cudaEvent_t event = nullptr;
     if (free_events_.empty()) {
@@ -171,10 +192,12 @@ class NcclCollectives final : public DeviceCollectives {
     }
     return parts_;
   }
+  // target = the sum of what parts() has of every rank.
+  void sum_ranks(const Tensor& target);
   template <class T>
-  void sum_ranks(const Tensor& output) {
-    const std::int64_t count = output.elements();
-    launch(SumRanks<T>{static_cast<const T*>(parts_), static_cast<T*>(output.data), count, size_},
+  void sum_ranks_of(const Tensor& target) {
+    const std::int64_t count = target.elements();
+    launch(SumRanks<T>{static_cast<const T*>(parts_), static_cast<T*>(target.data), count, size_},
            {.x = divide_up(count, SumRanks<T>::kThreads), .threads = SumRanks<T>::kThreads},
            reinterpret_cast<Stream*>(stream_));
   }
@@ -188,37 +211,61 @@ class NcclCollectives final : public DeviceCollectives {
   std::size_t parts_bytes_ = 0;
 };
 
-Event NcclCollectives::reduce_scatter(const Tensor& input, const Tensor& output) {
-  if (output.elements() == 0) return {};
-  begin();
-  const auto bytes = static_cast<std::size_t>(output.bytes());
-  auto* const received = static_cast<char*>(parts(input.bytes()));
-  check_nccl(ncclGroupStart(), "reduce-scatter");
-  for (int rank = 0; rank < size_; ++rank) {
-    const char* own = static_cast<const char*>(input.data) + rank * bytes;
-    check_nccl(ncclSend(own, bytes, ncclUint8, rank, group_, stream_), "reduce-scatter");
-    check_nccl(ncclRecv(received + rank * bytes, bytes, ncclUint8, rank, group_, stream_), "reduce-scatter");
-  }
-  check_nccl(ncclGroupEnd(), "reduce-scatter");
-  switch (output.dtype) {
+void NcclCollectives::sum_ranks(const Tensor& target) {
+  switch (target.dtype) {
     case DType::F64:
-      sum_ranks<double>(output);
-      break;
+      return sum_ranks_of<double>(target);
     case DType::F32:
-      sum_ranks<float>(output);
-      break;
+      return sum_ranks_of<float>(target);
     case DType::BF16:
-      sum_ranks<BFloat16>(output);
-      break;
+      return sum_ranks_of<BFloat16>(target);
     case DType::I64:
-      sum_ranks<std::int64_t>(output);
-      break;
+      return sum_ranks_of<std::int64_t>(target);
     case DType::I32:
-      sum_ranks<std::int32_t>(output);
-      break;
+      return sum_ranks_of<std::int32_t>(target);
     default:
       throw Error(
-          cat("reduce_scatter of ", name_of(output.dtype), ": a type that can be added was expected"));
+          cat("a sum over ranks of ", name_of(target.dtype), ": a type that can be added was expected"));
+  }
+}
+
+// The order of a sum is NCCL's choice: the parts are gathered, and added up in ours. These tensors are small.
+Event NcclCollectives::all_reduce(const Tensor& data, ReduceOp op) {
+  if (data.elements() == 0) return {};
+  begin();
+  if (op == ReduceOp::Max) {
+    check_nccl(ncclAllReduce(data.data, data.data, static_cast<std::size_t>(data.elements()),
+                             type_of(data.dtype), ncclMax, group_, stream_),
+               "all-reduce");
+    return end();
+  }
+  void* const gathered = parts(size_ * data.bytes());
+  check_nccl(
+      ncclAllGather(data.data, gathered, static_cast<std::size_t>(data.bytes()), ncclUint8, group_, stream_),
+      "all-reduce");
+  sum_ranks(data);
+  return end();
+}
+
+// Slice by slice, so that gradients of any size need little memory beside them.
+Event NcclCollectives::reduce_scatter(const Tensor& input, const Tensor& output) {
+  constexpr std::int64_t kBytes = 64 << 20;  // of the parts of all ranks
+  const std::int64_t all = output.elements(), width = size_of(output.dtype);
+  if (all == 0) return {};
+  begin();
+  const std::int64_t slice = std::clamp<std::int64_t>(kBytes / (size_ * width), 1, all);
+  auto* const received = static_cast<char*>(parts(size_ * slice * width));
+  for (std::int64_t first = 0; first < all; first += slice) {
+    const std::int64_t count = std::min(slice, all - first);
+    const auto bytes = static_cast<std::size_t>(count * width);
+    Grouped calls("reduce-scatter");
+    for (int rank = 0; rank < size_; ++rank) {
+      const char* own = static_cast<const char*>(input.data) + (rank * all + first) * width;
+      calls.check(ncclSend(own, bytes, ncclUint8, rank, group_, stream_));
+      calls.check(ncclRecv(received + rank * count * width, bytes, ncclUint8, rank, group_, stream_));
+    }
+    calls.end();
+    sum_ranks(output.reshape({all}).flat(first, first + count));
   }
   return end();
 }
@@ -229,16 +276,16 @@ Event NcclCollectives::all_to_all_rows(const Tensor& send, const std::vector<std
   const std::int64_t row = size_of(send.dtype) * send.shape[1];
   const char* from = static_cast<const char*>(send.data);
   char* to = static_cast<char*>(recv.data);
-  check_nccl(ncclGroupStart(), "all-to-all");
+  Grouped calls("all-to-all");
   for (int rank = 0; rank < size_; ++rank) {
     const auto out = static_cast<std::size_t>(send_rows[rank] * row),
                in = static_cast<std::size_t>(recv_rows[rank] * row);
-    if (out > 0) check_nccl(ncclSend(from, out, ncclUint8, rank, group_, stream_), "all-to-all");
-    if (in > 0) check_nccl(ncclRecv(to, in, ncclUint8, rank, group_, stream_), "all-to-all");
+    if (out > 0) calls.check(ncclSend(from, out, ncclUint8, rank, group_, stream_));
+    if (in > 0) calls.check(ncclRecv(to, in, ncclUint8, rank, group_, stream_));
     from += out;
     to += in;
   }
-  check_nccl(ncclGroupEnd(), "all-to-all");
+  calls.end();
   return end();
 }
 
@@ -250,6 +297,7 @@ extern "C" {
 int hybridmoe_nccl_version() { return hybridmoe::cuda_plugin::kVersion; }
 
 void hybridmoe_nccl_make_id(std::array<char, 128>* id) {
+  hybridmoe::cuda::order_launches();
   ncclUniqueId made;
   hybridmoe::cuda::check_nccl(ncclGetUniqueId(&made), "making an id");
   std::memcpy(id->data(), made.internal, id->size());

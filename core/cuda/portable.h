@@ -80,9 +80,10 @@ HYBRIDMOE_DEVICE void start_copy(void* to, const void* from) {
   const int bytes = from == nullptr ? 0 : 16;
   // A copy of 0 bytes fills up with zeros; its source must be an address all the same.
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target),
-               "l"(from == nullptr ? to : from), "r"(bytes));
+               "l"(from == nullptr ? to : from), "r"(bytes)
+               : "memory");
 }
-HYBRIDMOE_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;"); }
+HYBRIDMOE_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kLeft>
 HYBRIDMOE_DEVICE void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");

@@ -28,6 +28,7 @@ SegmentBlocks::SegmentBlocks(DeviceRuntime& device, const std::vector<Segment>& 
   order_ = static_cast<std::int32_t*>(device_.allocate(order_bytes));
   device_.copy(blocks_, blocks.data(), block_bytes, stream);
   device_.copy(order_, order.data(), order_bytes, stream);
+  device_.synchronize(stream);  // the vectors end here
 }
 
 SegmentBlocks::~SegmentBlocks() {
