@@ -31,6 +31,9 @@ struct CudaOptions {
   int device = 0;                    // of this host
   AttentionKernels attention = AttentionKernels::Auto;
   GroupedKernels grouped = GroupedKernels::Fastest;
+  // Which of the algorithms that cuBLASLt proposes for a dense product, best first, is taken (the first where
+  // it proposes fewer): for measuring what the first leaves.
+  int product_candidate = 0;
 };
 
 // The GPUs of this host, at least 1. Throws Error saying why there is none: this build has no plug-in, it
@@ -55,7 +58,7 @@ std::unique_ptr<DeviceCollectives> make_nccl_collectives(const NcclMember& membe
 
 // What the plug-ins export: made by the same compiler from the same sources, which the version is to tell.
 namespace cuda_plugin {
-constexpr int kVersion = 3;  // of the interfaces that they implement; to be raised with every change
+constexpr int kVersion = 4;  // of the interfaces that they implement; to be raised with every change
 using Version = int();
 using DeviceCount = int();
 using MakeBackend = Backend*(const CudaOptions&);

@@ -43,8 +43,8 @@ void bench_operators(Backend& backend, const MachineLimits& limits, const Operat
   }
 }
 
-void bench_case(const testing::OperatorCase& c, Backend& backend, const MachineLimits& limits,
-                const OperatorBench& bench, std::ostream& out) {
+double bench_case(const testing::OperatorCase& c, Backend& backend, const MachineLimits& limits,
+                  const OperatorBench& bench, std::ostream& out) {
   char line[160];
   testing::BoundCase bound(c, testing::Target(backend));
   const double seconds = best_seconds(bound, backend.device() != Device::CPU, bench);
@@ -53,6 +53,7 @@ void bench_case(const testing::OperatorCase& c, Backend& backend, const MachineL
   std::snprintf(line, sizeof line, "%-44s %10.1f %9.1f %8.2f %6.1f%%\n", c.name.c_str(), seconds * 1e6,
                 c.flops / seconds * 1e-9, bytes / seconds * 1e-9, 100 * ideal / seconds);
   out << line << std::flush;
+  return seconds;
 }
 
 }  // namespace hybridmoe

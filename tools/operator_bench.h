@@ -25,8 +25,8 @@ struct OperatorBench {
 // the time that the work would take at the limits, over the measured time.
 void bench_operators(Backend& backend, const MachineLimits& limits, const OperatorBench& bench,
                      std::ostream& out);
-// The same of one operator, without the line of headings.
-void bench_case(const testing::OperatorCase& c, Backend& backend, const MachineLimits& limits,
-                const OperatorBench& bench, std::ostream& out);
+// The same of one operator, without the line of headings. Returns the seconds of the best run.
+double bench_case(const testing::OperatorCase& c, Backend& backend, const MachineLimits& limits,
+                  const OperatorBench& bench, std::ostream& out);
 
 }  // namespace hybridmoe

@@ -59,7 +59,7 @@ cublasLtMatrixLayout_t layout_of(const Tensor& matrix, std::int64_t rows, std::i
 struct LibraryProducts::State {
   static constexpr std::size_t kWorkspace = 32 << 20;
 
-  explicit State(DeviceRuntime& its_device) : device(its_device) {
+  State(DeviceRuntime& its_device, int its_candidate) : device(its_device), candidate(its_candidate) {
     check_cublas(cublasLtCreate(&library), "starting");
     workspace = device.allocate(kWorkspace);
   }
@@ -74,6 +74,7 @@ struct LibraryProducts::State {
   void choose(const Product& p, Plan& plan) const;
 
   DeviceRuntime& device;
+  int candidate;
   cublasLtHandle_t library = nullptr;
   void* workspace = nullptr;  // of the main stream
   std::map<Key, Plan> plans;
@@ -105,13 +106,17 @@ void LibraryProducts::State::choose(const Product& p, Plan& plan) const {
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment_of(p.a));
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment_of(p.c));
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment_of(p.c));
-  cublasLtMatmulHeuristicResult_t best{};
+  constexpr int kMost = 16;
+  require(candidate < kMost, "cuBLASLt is asked for ", int{kMost}, " algorithms at most");
+  cublasLtMatmulHeuristicResult_t proposed[kMost] = {};
   int count = 0;
-  const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
-      library, plan.operation, plan.left, plan.right, plan.result, plan.result, preference, 1, &best, &count);
+  const cublasStatus_t status =
+      cublasLtMatmulAlgoGetHeuristic(library, plan.operation, plan.left, plan.right, plan.result, plan.result,
+                                     preference, candidate + 1, proposed, &count);
   cublasLtMatmulPreferenceDestroy(preference);
-  plan.found = status == CUBLAS_STATUS_SUCCESS && count > 0 && best.state == CUBLAS_STATUS_SUCCESS;
-  plan.algorithm = best.algo;
+  const cublasLtMatmulHeuristicResult_t& taken = proposed[candidate < count ? candidate : 0];
+  plan.found = status == CUBLAS_STATUS_SUCCESS && count > 0 && taken.state == CUBLAS_STATUS_SUCCESS;
+  plan.algorithm = taken.algo;
 }
 
 const Plan& LibraryProducts::State::plan_of(const Product& p) {
@@ -134,7 +139,8 @@ const Plan& LibraryProducts::State::plan_of(const Product& p) {
   return place->second;
 }
 
-LibraryProducts::LibraryProducts(DeviceRuntime& device) : state_(std::make_unique<State>(device)) {}
+LibraryProducts::LibraryProducts(DeviceRuntime& device, int candidate)
+    : state_(std::make_unique<State>(device, candidate)) {}
 LibraryProducts::~LibraryProducts() = default;
 
 bool LibraryProducts::multiply(const Product& p, Stream* stream) {

@@ -33,7 +33,7 @@ class Gpu final : public DeviceRuntime {
     require(properties_.major >= 8, "device ", index_, " (", properties_.name, ") has compute capability ",
             properties_.major, ".", properties_.minor, "; 8.0 or more is needed");
     main_stream_of_process();
-    products_ = std::make_unique<LibraryProducts>(*this);
+    products_ = std::make_unique<LibraryProducts>(*this, options.product_candidate);
     if (options.attention == AttentionKernels::Cudnn) open_library_attention(options.compute_type);
   }
 

@@ -9,7 +9,8 @@ namespace hybridmoe::cuda {
 
 class LibraryProducts {
  public:
-  explicit LibraryProducts(DeviceRuntime& device);
+  // candidate: CudaOptions::product_candidate.
+  LibraryProducts(DeviceRuntime& device, int candidate);
   ~LibraryProducts();
   LibraryProducts(const LibraryProducts&) = delete;
   LibraryProducts& operator=(const LibraryProducts&) = delete;

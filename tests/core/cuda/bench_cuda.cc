@@ -4,6 +4,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <iostream>
+#include <map>
+#include <sstream>
 
 #include "core/cuda_plugin.h"
 #include "core/limits.h"
@@ -111,6 +113,34 @@ void bench_experts(double seconds) {
   bench_experts(*backend, "wgmma", false, limits, bench);
 }
 
+// What the first algorithm that cuBLASLt proposes leaves to the best of its first eight.
+void bench_proposals(double seconds) {
+  constexpr int kCandidates = 8;
+  const OperatorBench bench = bench_of(DType::BF16, seconds);
+  struct Times {
+    double first = 0, best = 0;
+    int which = 0;
+  };
+  std::map<std::string, Times> times;
+  for (int candidate = 0; candidate < kCandidates; ++candidate) {
+    const auto backend = make_cuda_backend({.product_candidate = candidate});
+    for (const testing::OperatorCase& c : testing::benchmark_cases(bench.size)) {
+      if (c.name.find("linear_") != 0 || c.name.find("/experts_") != std::string::npos) continue;
+      std::ostringstream nowhere;
+      const double taken = bench_case(c, *backend, {1, 1}, bench, nowhere);
+      Times& of_case = times[c.name];
+      if (candidate == 0) of_case.first = of_case.best = taken;
+      if (taken < of_case.best) of_case = {of_case.first, taken, candidate};
+    }
+  }
+  std::printf("dense products: the algorithm that cuBLASLt proposes first, and the fastest of %d:\n",
+              kCandidates);
+  for (const auto& [name, t] : times)
+    std::printf("%-44s %10.1f us, %10.1f us (number %d): %.1f%% slower\n", name.c_str(), t.first * 1e6,
+                t.best * 1e6, t.which + 1, 100 * (t.first / t.best - 1));
+  std::fflush(stdout);
+}
+
 }  // namespace
 }  // namespace hybridmoe
 
@@ -125,6 +155,7 @@ int main(int argc, char** argv) {
       if (type == DType::BF16) bench_cudnn_attention(limits, bench_of(type, seconds));
     }
     bench_experts(seconds);
+    bench_proposals(seconds / 2);
     return 0;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "bench_cuda: %s\n", error.what());
