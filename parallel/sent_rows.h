@@ -9,24 +9,10 @@
 #include <vector>
 
 #include "core/mirrored.h"
+#include "core/operators/experts.h"
 #include "core/tensor.h"
 
 namespace hybridmoe {
-
-// A rank's place in an exchange.
-struct ExchangePlace {
-  std::int64_t ranks = 1, rank = 0;  // of the expert group
-  std::int64_t shards = 1;           // ET: ranks r with equal r / ET hold shards of the same experts
-  std::int64_t local_experts = 1;
-  std::int64_t top_k = 1;
-  std::int64_t chunks = 1;  // of the rows that move; numbered from 1
-
-  std::int64_t parts() const { return ranks / shards; }
-  // Ranks that one token's row can go to.
-  std::int64_t most_ranks() const { return std::min(top_k, parts()) * shards; }
-  std::int64_t most_sent(std::int64_t n) const { return n * std::min(most_ranks(), ranks - 1); }
-  std::int64_t chunk_of(std::int64_t token, std::int64_t n) const { return 1 + token * chunks / n; }
-};
 
 class SentRows {
  public:

@@ -74,6 +74,12 @@ class CudaBackend final : public Backend {
   void swiglu_forward(const SwigluForward&, Stream*) override;
   void swiglu_backward(const SwigluBackward&, Stream*) override;
 
+  // dispatch.cu
+  void dispatch_keys(const DispatchKeys&, Stream*) override;
+  void count_dispatch(const CountDispatch&, Stream*) override;
+  void pack_choices(const PackChoices&, Stream*) override;
+  void combine_scalars(const CombineScalars&, Stream*) override;
+
   // loss.cu
   void embedding_forward(const EmbeddingForward&, Stream*) override;
   void embedding_backward(const EmbeddingBackward&, Stream*) override;
