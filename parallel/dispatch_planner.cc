@@ -50,9 +50,13 @@ void DispatchPlanner::pack(const Tensor& topk, const Tensor& weights, const Sent
                         stream);
 }
 
-void DispatchPlanner::finish_counts(RouteCounts* counts, Stream* stream) {
+void DispatchPlanner::start_counts(Stream* stream) {
   std::exchange(counted_, Event()).wait();
-  counts_.download(backend_, stream);
+  counts_.start_download(backend_, stream);
+}
+
+void DispatchPlanner::finish_counts(RouteCounts* counts) {
+  backend_.await_mark();
   const Tensor& host = counts_.host();
   counts->set(host.rows(0, place_.ranks), host.rows(place_.ranks, 2 * place_.ranks));
 }

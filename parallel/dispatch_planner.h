@@ -32,8 +32,9 @@ class DispatchPlanner {
             Stream* stream);
   // Queues the packing of what travels beside the rows.
   void pack(const Tensor& topk, const Tensor& weights, const SentRows& rows, Stream* stream);
-  // Waits for everybody's counts, and for nothing else that is not queued before them.
-  void finish_counts(RouteCounts* counts, Stream* stream);
+  // Queues what brings everybody's counts to the host, then waits for that alone.
+  void start_counts(Stream* stream);
+  void finish_counts(RouteCounts* counts);
 
   // After sort: [n, k] I32, the own tokens' choices among the own experts, by local number, else -1.
   Tensor own_choices(std::int64_t n) const { return own_.rows(0, n); }

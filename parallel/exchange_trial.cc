@@ -91,7 +91,8 @@ TransportTrial::TransportTrial(Backend& backend, const Groups& groups, const Tri
   memory_.commit(backend);
   choose_at_random(topk_, size.experts, groups.world->rank());
   planner.sort(topk_, rows, *transport_, &pairs_, nullptr);
-  planner.finish_counts(&counts_, nullptr);
+  planner.start_counts(nullptr);
+  planner.finish_counts(&counts_);
 }
 
 std::int64_t TransportTrial::rows_without_deduplication() const {

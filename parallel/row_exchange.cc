@@ -192,14 +192,15 @@ void AllToAllRowExchange::plan(const Tensor& topk, const Tensor& weights, Route*
   limiter_.apply(topk, weights, route);
   const Tensor kept = route->kept.rows(0, n);
   planner_.sort(kept, details.sent, *transport_, &details.pairs, stream);
-  // While the counts are under way.
-  planner_.pack(kept, weights, details.sent, stream);
+  planner_.pack(kept, weights, details.sent, stream);  // while the counts are under way
+  planner_.start_counts(stream);
+  // The own tokens' choices are sorted while the counts come to the host.
   cut_chunk(route, 0, 0, n);
   route->chunks[0].weights = weights;
   sort_chunk(route->chunks[0], planner_.own_choices(n), stream);
-  // The host's only wait for the device: it must know how much comes, since messages and buffers are cut
-  // accordingly. Whoever queued work behind the counts would hide it.
-  planner_.finish_counts(&details.counts, stream);
+  // The host's only wait for the device. It must know how much comes, since messages and buffers are cut
+  // accordingly; the next messages are on their way while the device still sorts.
+  planner_.finish_counts(&details.counts);
   route->rows = details.counts.received();
   route->slots = details.counts.slots();
   require_room(details, "rows", route->rows, max_rows(n));

@@ -37,6 +37,8 @@ class CudaBackend final : public Backend {
   }
   Stream* main_stream() override { return device_->main_stream(); }
   void synchronize(Stream* stream) override { device_->synchronize(stream); }
+  void mark(Stream* stream) override { device_->mark(stream); }
+  void await_mark() override { device_->await_mark(); }
 
   // products.cu
   void linear_forward(const LinearForward&, Stream*) override;

@@ -26,6 +26,8 @@ class DeviceRuntime {
   virtual void release_shared(void* memory, std::size_t bytes) noexcept = 0;
   virtual Stream* main_stream() = 0;
   virtual void synchronize(Stream* stream) = 0;  // waits; throws Error when something queued there failed
+  virtual void mark(Stream* stream) = 0;         // Backend::mark
+  virtual void await_mark() = 0;
   // Queues a copy between any two of host and device memory. Host memory that is not pinned has been read, or
   // written, on return.
   virtual void copy(void* to, const void* from, std::size_t bytes, Stream* stream) = 0;

@@ -23,9 +23,14 @@ class Gpu final : public DeviceRuntime {
       check_cuda(cudaStreamCreateWithFlags(&main_stream_of_process(), cudaStreamNonBlocking),
                  "creating a stream");
     }
+    check_cuda(cudaEventCreateWithFlags(&mark_, cudaEventDisableTiming), "creating an event");
     products_ = std::make_unique<LibraryProducts>(*this);
     if (options.attention == AttentionKernels::Cudnn) open_library_attention(options.compute_type);
   }
+
+  ~Gpu() override { cudaEventDestroy(mark_); }
+  Gpu(const Gpu&) = delete;
+  Gpu& operator=(const Gpu&) = delete;
 
   std::string name() const override {
     int driver = 0, runtime = 0;
@@ -66,6 +71,10 @@ class Gpu final : public DeviceRuntime {
   void synchronize(Stream* stream) override {
     check_cuda(cudaStreamSynchronize(native(stream)), "waiting for queued work");
   }
+  void mark(Stream* stream) override {
+    check_cuda(cudaEventRecord(mark_, native(stream)), "recording an event");
+  }
+  void await_mark() override { check_cuda(cudaEventSynchronize(mark_), "waiting for queued work"); }
   void copy(void* to, const void* from, std::size_t bytes, Stream* stream) override {
     check_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, native(stream)), "queuing a copy");
   }
@@ -96,6 +105,7 @@ class Gpu final : public DeviceRuntime {
 
   int index_;
   cudaDeviceProp properties_{};
+  cudaEvent_t mark_ = nullptr;
   std::unique_ptr<LibraryProducts> products_;
   std::unique_ptr<LibraryAttention> attention_;  // null: not chosen
 };

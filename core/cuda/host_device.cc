@@ -39,6 +39,8 @@ class HostDevice final : public DeviceRuntime {
   }
   Stream* main_stream() override { return nullptr; }
   void synchronize(Stream*) override {}
+  void mark(Stream*) override {}
+  void await_mark() override {}
   void copy(void* to, const void* from, std::size_t bytes, Stream*) override {
     const host::OpenMemory open;
     std::memcpy(to, from, bytes);
