@@ -44,6 +44,10 @@ class Backend : public Products,
   // Null on CPU backends.
   virtual Stream* main_stream() { return nullptr; }
   virtual void synchronize(Stream*) {}
+  // Marks what is queued on the stream up to now, in the place of the mark before; await_mark waits for that
+  // and not for what is queued behind it.
+  virtual void mark(Stream*) {}
+  virtual void await_mark() {}
 
   // Called now and then, so that nonblocking communication makes progress: between tiles of long operators,
   // again and again while the host waits for what is queued, and once when it has waited. May be null. What

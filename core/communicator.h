@@ -3,10 +3,13 @@
 //
 // Contract: every rank of the group issues the same collectives in the same program order. A call returns at
 // once with an event; inputs may be reused and outputs read when the event is done (`wait`). `label` names
-// the collective in a watchdog's report; it must be a string literal. A communicator for tensors of a device
-// comes after what is queued on the backend's main stream: callers need not wait before they call. Reductions
-// have a fixed order: the same inputs on the same layout give the same bits. Destroying a communicator
-// performs no collective.
+// the collective in a watchdog's report; it must be a string literal. Reductions have a fixed order: the same
+// inputs on the same layout give the same bits. Destroying a communicator performs no collective.
+//
+// Where a backend queues work, the inputs are what that leaves which was queued on its main stream before the
+// call, and what is queued there after `wait` finds the outputs: callers never synchronize for a collective.
+// Communicators of device tensors see to it, with a wait of the host or without (parallel/device_groups.h);
+// those of host memory alone serve backends that queue nothing.
 #pragma once
 
 #include <cstdint>

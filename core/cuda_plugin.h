@@ -58,7 +58,7 @@ std::unique_ptr<DeviceCollectives> make_nccl_collectives(const NcclMember& membe
 
 // What the plug-ins export: made by the same compiler from the same sources, which the version is to tell.
 namespace cuda_plugin {
-constexpr int kVersion = 4;  // of the interfaces that they implement; to be raised with every change
+constexpr int kVersion = 5;  // of the interfaces that they implement; to be raised with every change
 using Version = int();
 using DeviceCount = int();
 using MakeBackend = Backend*(const CudaOptions&);

@@ -27,17 +27,19 @@ class Mirrored {
   const Tensor& host() const { return host_; }  // touch it only while no copy of it is queued
   const Tensor& device() const { return apart_ ? device_ : host_; }
 
-  // The operators' copy of rows begin .. end = the host's. Queued.
-  void upload(std::int64_t begin, std::int64_t end, Backend& backend, Stream* stream) const {
-    if (apart_) backend.copy(host_.rows(begin, end), device_.rows(begin, end), stream);
+  // The operators' copy = the host's. Queued.
+  void upload(Backend& backend, Stream* stream) const {
+    if (apart_) backend.copy(host_, device_, stream);
   }
-  void upload(Backend& backend, Stream* stream) const { upload(0, host_.rows(), backend, stream); }
-  // The other way round; waits.
-  void download(std::int64_t begin, std::int64_t end, Backend& backend, Stream* stream) const {
-    if (apart_) backend.copy(device_.rows(begin, end), host_.rows(begin, end), stream);
-    backend.synchronize(stream);
+  // The other way round. Queued, and marked: the host's copy is there after Backend::await_mark.
+  void start_download(Backend& backend, Stream* stream) const {
+    if (apart_) backend.copy(device_, host_, stream);
+    backend.mark(stream);
   }
-  void download(Backend& backend, Stream* stream) const { download(0, host_.rows(), backend, stream); }
+  void download(Backend& backend, Stream* stream) const {
+    start_download(backend, stream);
+    backend.await_mark();
+  }
 
  private:
   Tensor host_, device_;

@@ -1,6 +1,7 @@
 // The groups of a rank for tensors of a device: through host memory over the communicators that are there
 // (staged_communicator.h), or on the device over NCCL, with those as the way of what lies in host memory
-// (device_communicator.h).
+// (device_communicator.h). Either is ordered behind what is queued on the main stream: NCCL on the device, by
+// events; host memory, and what is staged in it, by a wait of the host.
 #pragma once
 
 #include <functional>

@@ -4,6 +4,7 @@
 #include <chrono>
 
 #include "core/random.h"
+#include "parallel/dispatch_planner.h"
 #include "parallel/relay_transport.h"
 #include "parallel/row_labels.h"
 
@@ -79,19 +80,19 @@ TransportTrial::TransportTrial(Backend& backend, const Groups& groups, const Tri
                      : make_flat_transport(*groups.expert)) {
   const std::int64_t n = size.tokens, k = size.top_k, most = place_.most_sent(n);
   const DType C = backend.compute_type(), S = backend.statistics_type();
-  sent_.declare(memory_, backend, place_, n, "trial");
+  DispatchPlanner planner(backend, place_);
+  SentRows rows;
+  planner.declare(memory_, n);
+  rows.declare(memory_, place_, n, "trial");
   memory_.add(&topk_, "trial choices", {n, k}, DType::I32, "trial");
-  memory_.add(&weights_, "trial weights", {n, k}, S, "trial");
-  memory_.add(&sent_topk_, "trial choices sent", {most, k}, DType::I32, "trial");
-  memory_.add(&sent_weights_, "trial weights sent", {most, k}, S, "trial");
   memory_.add(&out_, "trial rows sent", {most, size.d}, C, "trial");
   memory_.add(&in_, "trial rows received", {(place_.ranks - 1) * n, size.d}, C, "trial");
   transport_->declare_shared(memory_, place_, {.n = n, .d = size.d, .compute = C, .statistics = S});
   memory_.commit(backend);
   choose_at_random(topk_, size.experts, groups.world->rank());
-  sent_.plan(place_, topk_, weights_, sent_topk_, sent_weights_);
-  counts_ = transport_->exchange_counts(sent_.counts_by_rank());
-  sent_.set_received(place_, counts_.received);
+  planner.sort(topk_, rows, *transport_, &pairs_, nullptr);
+  planner.start_counts(nullptr);
+  planner.finish_counts(&counts_);
 }
 
 std::int64_t TransportTrial::rows_without_deduplication() const {
@@ -111,15 +112,15 @@ void TransportTrial::combine() { move(true); }
 void TransportTrial::move(bool back) {
   std::vector<Event> events;
   for (int c = 1; c <= place_.chunks; ++c) {
-    const Tensor out = out_.rows(sent_.send_begin(c), sent_.send_begin(c + 1));
-    const Tensor in = in_.rows(sent_.recv_begin(c), sent_.recv_begin(c + 1));
+    const Tensor out = out_.rows(counts_.send_begin(c), counts_.send_begin(c + 1));
+    const Tensor in = in_.rows(counts_.recv_begin(c), counts_.recv_begin(c + 1));
     events.push_back(transport_->move({.chunk = c,
                                        .back = back,
-                                       .counts = &counts_,
+                                       .pairs = &pairs_,
                                        .send = back ? in : out,
                                        .recv = back ? out : in,
-                                       .send_rows = back ? sent_.recv_rows(c) : sent_.send_rows(c),
-                                       .recv_rows = back ? sent_.send_rows(c) : sent_.recv_rows(c),
+                                       .send_rows = back ? counts_.recv_rows(c) : counts_.send_rows(c),
+                                       .recv_rows = back ? counts_.send_rows(c) : counts_.recv_rows(c),
                                        .labels = back ? &kCombine : &kDispatch}));
   }
   for (const Event& event : events) event.wait();

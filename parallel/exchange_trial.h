@@ -8,9 +8,9 @@
 
 #include "core/groups.h"
 #include "core/memory_plan.h"
+#include "parallel/route_counts.h"
 #include "parallel/row_exchange.h"
 #include "parallel/row_transport.h"
-#include "parallel/sent_rows.h"
 
 namespace hybridmoe {
 
@@ -53,14 +53,14 @@ class TransportTrial {
   void combine();
 
   // Rows that this rank sends: one for each (token, rank), and what it would be with one for each choice.
-  std::int64_t rows_sent() const { return sent_.sent(); }
+  std::int64_t rows_sent() const { return counts_.sent(); }
   std::int64_t rows_without_deduplication() const;
 
   // All chunks together, by rank.
-  std::vector<std::int64_t> send_rows() const { return sent_.rows_to_ranks(); }
-  std::vector<std::int64_t> recv_rows() const { return sent_.rows_from_ranks(); }
-  Tensor sent() const { return out_.rows(0, sent_.sent()); }
-  Tensor received() const { return in_.rows(0, sent_.received()); }
+  std::vector<std::int64_t> send_rows() const { return counts_.rows_to_ranks(); }
+  std::vector<std::int64_t> recv_rows() const { return counts_.rows_from_ranks(); }
+  Tensor sent() const { return out_.rows(0, counts_.sent()); }
+  Tensor received() const { return in_.rows(0, counts_.received()); }
 
  private:
   void move(bool back);
@@ -68,9 +68,9 @@ class TransportTrial {
   ExchangePlace place_;
   MemoryPlan memory_;
   std::unique_ptr<RowTransport> transport_;
-  SentRows sent_;
-  RowCounts counts_;
-  Tensor topk_, weights_, sent_topk_, sent_weights_, out_, in_;
+  RouteCounts counts_;
+  PairCounts pairs_;
+  Tensor topk_, out_, in_;
 };
 
 // Median seconds of a layer's plan, dispatch and combine, of the slowest rank of the world; the same number

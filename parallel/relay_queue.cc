@@ -30,9 +30,8 @@ Tensor part(const Tensor& rows, const Counts& counts, const Range& ranks) {
 
 std::int64_t PairRows::operator()(int source, int destination) const {
   if (back_) std::swap(source, destination);
-  const std::int64_t chunks = std::ssize(counts_->pairs) / (ranks_ * ranks_);
-  const auto first = counts_->pairs.begin() + (source * ranks_ + destination) * chunks;
-  return chunk_ == 0 ? std::accumulate(first, first + chunks, std::int64_t{0}) : first[chunk_ - 1];
+  const std::int64_t width = std::ssize(*counts_) / (ranks_ * ranks_);
+  return (*counts_)[(source * ranks_ + destination) * width + std::int64_t{2} * chunk_];
 }
 
 std::int64_t PairRows::sum(const Range& sources, const Range& destinations) const {

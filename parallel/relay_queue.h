@@ -12,13 +12,13 @@ namespace hybridmoe {
 // The rows of a movement by source and destination. `counts` outlives it.
 class PairRows {
  public:
-  PairRows(const RowCounts& counts, std::int64_t ranks, int chunk, bool back)
+  PairRows(const PairCounts& counts, std::int64_t ranks, int chunk, bool back)
       : counts_(&counts), ranks_(ranks), chunk_(chunk), back_(back) {}
   std::int64_t operator()(int source, int destination) const;
   std::int64_t sum(const RelayDuties::Range& sources, const RelayDuties::Range& destinations) const;
 
  private:
-  const RowCounts* counts_;
+  const PairCounts* counts_;
   std::int64_t ranks_;
   int chunk_;
   bool back_;

@@ -20,7 +20,7 @@ class RelayTransport : public RowTransport {
   ~RelayTransport() override { queue_->abandon(); }
 
   void declare_shared(MemoryPlan& memory, const ExchangePlace& place, const RowSizes& sizes) override;
-  RowCounts exchange_counts(const std::vector<std::int64_t>& to_ranks) override;
+  Event exchange_counts(const Tensor& to, const Tensor& from, PairCounts* pairs) override;
   Event move(const RowMovement& movement) override;
 
  private:
@@ -55,20 +55,15 @@ void RelayTransport::declare_shared(MemoryPlan& memory, const ExchangePlace& pla
   add(RowLane::Choices, "choices", place.top_k, DType::I32);
 }
 
-RowCounts RelayTransport::exchange_counts(const std::vector<std::int64_t>& to_ranks) {
-  const std::int64_t ranks = group_.size(), chunks = std::ssize(to_ranks) / ranks;
-  std::vector<std::int64_t> own = to_ranks;
-  RowCounts counts{.received = std::vector<std::int64_t>(to_ranks.size()),
-                   .pairs = std::vector<std::int64_t>(ranks * ranks * chunks)};
-  group_
-      .all_gather(Tensor(own.data(), DType::I64, {ranks, chunks}),
-                  Tensor(counts.pairs.data(), DType::I64, {ranks, ranks, chunks}), "route counts")
-      .wait();
+Event RelayTransport::exchange_counts(const Tensor& to, const Tensor& from, PairCounts* pairs) {
+  const std::int64_t ranks = group_.size(), width = to.shape[1];
+  pairs->resize(ranks * ranks * width);
+  group_.all_gather(to, Tensor(pairs->data(), DType::I64, {ranks, ranks, width}), "route counts").wait();
   for (std::int64_t source = 0; source < ranks; ++source) {
-    std::copy_n(counts.pairs.begin() + (source * ranks + group_.rank()) * chunks, chunks,
-                counts.received.begin() + source * chunks);
+    std::copy_n(pairs->begin() + (source * ranks + group_.rank()) * width, width,
+                from.ptr<std::int64_t>() + source * width);
   }
-  return counts;
+  return {};
 }
 
 Event RelayTransport::move(const RowMovement& m) {
@@ -77,9 +72,9 @@ Event RelayTransport::move(const RowMovement& m) {
   // A chunk's rows lie behind those of the chunks before it, with room for both directions.
   std::int64_t begin = 0;
   for (int chunk = 1; chunk < m.chunk; ++chunk) {
-    begin += queue_->room_for(PairRows(*m.counts, ranks, chunk, m.back));
+    begin += queue_->room_for(PairRows(*m.pairs, ranks, chunk, m.back));
   }
-  const PairRows rows(*m.counts, ranks, m.chunk, m.back);
+  const PairRows rows(*m.pairs, ranks, m.chunk, m.back);
   const std::int64_t end = begin + queue_->room_for(rows);
   require(end <= lane.gathered.rows(), m.labels->crossing, ": ", end,
           " rows are to be relayed, and there is room for ", lane.gathered.rows());

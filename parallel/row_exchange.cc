@@ -3,12 +3,11 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <numeric>
+#include <utility>
 
+#include "parallel/dispatch_planner.h"
 #include "parallel/relay_transport.h"
 #include "parallel/row_labels.h"
-#include "parallel/row_transport.h"
-#include "parallel/sent_rows.h"
 
 namespace hybridmoe {
 
@@ -43,9 +42,12 @@ class AllToAllRowExchange : public RowExchange {
                .chunks = std::max(1, options.chunks)},
         options_(options),
         limiter_(backend, world_, experts, top_k, capacity),
+        planner_(backend, place_),
         transport_(options.hierarchical && groups.relays != nullptr
                        ? make_relay_transport(group_, *groups.relays)
                        : make_flat_transport(group_)),
+        choices_(1 + place_.chunks),
+        weights_(1 + place_.chunks),
         dispatches_(1 + place_.chunks),
         combines_(1 + place_.chunks),
         scalars_(1 + place_.chunks) {}
@@ -82,14 +84,14 @@ class AllToAllRowExchange : public RowExchange {
   double seconds_moving() const override { return seconds_moving_; }
 
  private:
-  // Buffers of one route beside those of the interface.
+  // Of one route, beside what the interface has.
   struct Details : Route::Details {
     std::string name;
     SentRows sent;
-    RowCounts counts;
-    // Of the own tokens, then of the received rows, chunk after chunk.
-    Mirrored topk, offsets;
-    Tensor weights, token_slots, slot_source;
+    RouteCounts counts;
+    PairCounts pairs;
+    // Of the own tokens, then of the received rows, chunk after chunk; the weights of the latter.
+    Tensor offsets, token_slots, slot_source, weights;
   };
   static Details& of(const Route& route) { return static_cast<Details&>(*route.details); }
 
@@ -118,18 +120,10 @@ class AllToAllRowExchange : public RowExchange {
     *event = Event();
   }
   void require_room(const Details& details, const char* what, std::int64_t come, std::int64_t most) const;
-  void exchange_routes(Details& details, Route* route);
-  void sort_own(const Tensor& kept, Details& details, Route* route, Stream* stream);
-  void sort_received(Details& details, Route* route, Stream* stream);
-  void count_slots(const Details& details, Route* route, Stream* stream) const;
-
-  // The tensor itself where the host reaches it, else the copy, which is there after the next synchronize.
-  Tensor on_host(const Tensor& tensor, const Tensor& copy, Stream* stream) const {
-    if (tensor.device == Device::CPU) return tensor;
-    const Tensor host = copy.rows(0, tensor.rows());
-    backend_.copy(tensor, host, stream);
-    return host;
-  }
+  void cut_chunk(Route* route, int number, std::int64_t begin, std::int64_t end) const;
+  void cut_chunks(Route* route) const;
+  void sort_chunk(const RouteChunk& chunk, const Tensor& choices, Stream* stream);
+  void exchange_choices(const Route& route, Stream* stream);
 
   Backend& backend_;
   Communicator& group_;
@@ -137,15 +131,14 @@ class AllToAllRowExchange : public RowExchange {
   ExchangePlace place_;
   ExchangeOptions options_;
   CapacityLimiter limiter_;
+  DispatchPlanner planner_;
   std::unique_ptr<RowTransport> transport_;
-  Tensor outbox_;         // (n + sent, d): own tokens' rows, then those sent
-  Tensor inbox_;          // (received, d)
-  Mirrored out_scalars_;  // (n + sent, k) S
-  Tensor in_scalars_;     // (received, k) S
-  // (n, k), the host's copies where operators have theirs elsewhere: choices, weights, summed scalars.
-  Tensor kept_, kept_weights_, sums_;
-  Tensor sent_topk_, sent_weights_;        // (sent, k): beside the rows, by destination; the host's
-  Tensor arrived_topk_, arrived_weights_;  // (received, k): by source; the host's
+  Tensor outbox_;                         // (n + sent, d): own tokens' rows, then those sent
+  Tensor inbox_;                          // (received, d)
+  Tensor out_scalars_;                    // (n + sent, k) S
+  Tensor in_scalars_;                     // (received, k) S
+  Tensor arrived_choices_;                // (received, k) I32
+  std::vector<Event> choices_, weights_;  // of a plan, by chunk
   std::vector<Event> dispatches_, combines_, scalars_;
   double seconds_moving_ = 0;
 };
@@ -157,17 +150,14 @@ void AllToAllRowExchange::declare(MemoryPlan& memory, Route* route, std::int64_t
   limiter_.declare(memory, route, n, name);
   const std::int64_t k = place_.top_k, rows = max_rows(n), expected = expected_rows(n);
   const DType S = backend_.statistics_type();
-  details->sent.declare(memory, backend_, place_, n, name);
-  // The rows of the own tokens come first, as chunk 0.
-  details->topk.plan(memory, backend_, name + ".received_topk", {n + rows, k}, n + expected, DType::I32,
-                     "routing");
+  details->sent.declare(memory, place_, n, name);
   memory.add_rows(&details->weights, name + ".received_weights", {rows, k}, expected, S, "routing");
   memory.add_rows(&details->token_slots, name + ".token_slots", {n + rows, k}, n + expected, DType::I32,
                   "routing");
   memory.add_rows(&details->slot_source, name + ".slot_source", {(n + rows) * k}, (n + expected) * k,
                   DType::I32, "routing");
-  details->offsets.plan(memory, backend_, name + ".offsets",
-                        {(1 + place_.chunks) * (place_.local_experts + 1)}, DType::I64, "routing");
+  memory.add(&details->offsets, name + ".offsets", {(1 + place_.chunks) * (place_.local_experts + 1)},
+             DType::I64, "routing");
   route->chunks.resize(1 + place_.chunks);
 }
 
@@ -177,18 +167,10 @@ void AllToAllRowExchange::declare_shared(MemoryPlan& memory, std::int64_t n, std
   const DType C = backend_.compute_type(), S = backend_.statistics_type();
   memory.add(&outbox_, "exchange outbox", {n + sent, d}, C, "exchange");
   memory.add_rows(&inbox_, "exchange inbox", {rows, d}, expected, C, "exchange");
-  out_scalars_.plan(memory, backend_, "exchange scalars out", {n + sent, k}, S, "exchange");
-  if (backend_.device() != Device::CPU) {  // else what the callers pass is at hand
-    memory.add_shared(&kept_, "exchange choices", {n, k}, DType::I32, "exchange");
-    memory.add_shared(&kept_weights_, "exchange weights", {n, k}, S, "exchange");
-    memory.add_shared(&sums_, "exchange scalars summed", {n, k}, S, "exchange");
-  }
+  memory.add(&out_scalars_, "exchange scalars out", {n + sent, k}, S, "exchange");
   memory.add_rows(&in_scalars_, "exchange scalars in", {rows, k}, expected, S, "exchange");
-  memory.add_shared(&sent_topk_, "exchange choices sent", {sent, k}, DType::I32, "exchange");
-  memory.add_shared(&sent_weights_, "exchange weights sent", {sent, k}, S, "exchange");
-  memory.add_shared_rows(&arrived_topk_, "exchange choices arrived", {rows, k}, expected, DType::I32,
-                         "exchange");
-  memory.add_shared_rows(&arrived_weights_, "exchange weights arrived", {rows, k}, expected, S, "exchange");
+  memory.add_rows(&arrived_choices_, "exchange choices arrived", {rows, k}, expected, DType::I32, "exchange");
+  planner_.declare(memory, n);
   transport_->declare_shared(
       memory, place_,
       {.n = n, .d = d, .compute = C, .statistics = S, .expected_load = options_.expected_load});
@@ -208,50 +190,34 @@ void AllToAllRowExchange::plan(const Tensor& topk, const Tensor& weights, Route*
   route->tokens = n;
   route->weights = weights;
   limiter_.apply(topk, weights, route);
-  // Choices are read on the host: who sends how much decides what is received.
-  const Tensor kept = on_host(route->kept.rows(0, n), kept_, stream);
-  const Tensor kept_weights = on_host(weights, kept_weights_, stream);
-  backend_.synchronize(stream);
-  details.sent.plan(place_, kept, kept_weights, sent_topk_, sent_weights_);
-  details.sent.upload(backend_, stream);
-  exchange_routes(details, route);
-  sort_own(kept, details, route, stream);
-  sort_received(details, route, stream);
-  count_slots(details, route, stream);
+  const Tensor kept = route->kept.rows(0, n);
+  planner_.sort(kept, details.sent, *transport_, &details.pairs, stream);
+  planner_.pack(kept, weights, details.sent, stream);  // while the counts are under way
+  planner_.start_counts(stream);
+  // The own tokens' choices are sorted while the counts come to the host.
+  cut_chunk(route, 0, 0, n);
+  route->chunks[0].weights = weights;
+  sort_chunk(route->chunks[0], planner_.own_choices(n), stream);
+  // The host's only wait for the device. It must know how much comes, since messages and buffers are cut
+  // accordingly; the next messages are on their way while the device still sorts.
+  planner_.finish_counts(&details.counts);
+  route->rows = details.counts.received();
+  route->slots = details.counts.slots();
+  require_room(details, "rows", route->rows, max_rows(n));
   require_room(details, "slots", route->slots, max_slots(n));
-}
-
-// Tells every rank how many rows it gets from here in each chunk, then each row's experts and weights.
-void AllToAllRowExchange::exchange_routes(Details& details, Route* route) {
-  SentRows& sent = details.sent;
-  details.counts = transport_->exchange_counts(sent.counts_by_rank());
-  sent.set_received(place_, details.counts.received);
-  route->rows = sent.received();
-  require_room(details, "rows", route->rows, max_rows(route->tokens));
-  RowMovement beside{
-      .counts = &details.counts, .send_rows = sent.rows_to_ranks(), .recv_rows = sent.rows_from_ranks()};
-  beside.lane = RowLane::Choices;
-  beside.send = sent_topk_.rows(0, sent.sent());
-  beside.recv = arrived_topk_.rows(0, route->rows);
-  beside.labels = &kChoices;
-  const Event choices = transport_->move(beside);
-  beside.lane = RowLane::Scalars;
-  beside.send = sent_weights_.rows(0, sent.sent());
-  beside.recv = arrived_weights_.rows(0, route->rows);
-  beside.labels = &kWeights;
-  transport_->move(beside).wait();
-  choices.wait();
+  cut_chunks(route);
+  exchange_choices(*route, stream);
 }
 
 RowMovement AllToAllRowExchange::to_experts(const Route& route, int chunk, const Tensor& send,
                                             const Tensor& recv) const {
   const Details& details = of(route);
   return {.chunk = chunk,
-          .counts = &details.counts,
+          .pairs = &details.pairs,
           .send = send,
           .recv = recv,
-          .send_rows = details.sent.send_rows(chunk),
-          .recv_rows = details.sent.recv_rows(chunk),
+          .send_rows = details.counts.send_rows(chunk),
+          .recv_rows = details.counts.recv_rows(chunk),
           .labels = &kDispatch};
 }
 
@@ -260,95 +226,93 @@ RowMovement AllToAllRowExchange::from_experts(const Route& route, int chunk, con
   const Details& details = of(route);
   return {.chunk = chunk,
           .back = true,
-          .counts = &details.counts,
+          .pairs = &details.pairs,
           .send = send,
           .recv = recv,
-          .send_rows = details.sent.recv_rows(chunk),
-          .recv_rows = details.sent.send_rows(chunk),
+          .send_rows = details.counts.recv_rows(chunk),
+          .recv_rows = details.counts.send_rows(chunk),
           .labels = &kCombine};
 }
 
-void AllToAllRowExchange::sort_own(const Tensor& kept, Details& details, Route* route, Stream* stream) {
-  const std::int64_t n = route->tokens, k = place_.top_k, first = first_expert();
-  const std::int32_t* chosen = kept.ptr<std::int32_t>();
-  std::int32_t* own = details.topk.host().ptr<std::int32_t>();
-  for (std::int64_t i = 0; i < n * k; ++i) {
-    const std::int64_t expert = chosen[i] - first;
-    own[i] = chosen[i] >= 0 && 0 <= expert && expert < place_.local_experts
-                 ? static_cast<std::int32_t>(expert)
-                 : -1;
-  }
-  RouteChunk& chunk = route->chunks[0];
-  chunk.rows = n;
-  details.topk.upload(0, n, backend_, stream);
-  chunk.offsets = details.offsets.device().rows(0, place_.local_experts + 1);
-  chunk.slot_source = details.slot_source.rows(0, n * k);
-  chunk.token_slots = details.token_slots.rows(0, n);
-  chunk.weights = route->weights;
-  backend_.sort_slots({details.topk.device().rows(0, n), chunk.offsets, chunk.slot_source, chunk.token_slots},
-                      stream);
+// The chunk's part of the route's buffers: rows begin .. end of the own tokens and those received.
+void AllToAllRowExchange::cut_chunk(Route* route, int number, std::int64_t begin, std::int64_t end) const {
+  const Details& details = of(*route);
+  RouteChunk& chunk = route->chunks[number];
+  const std::int64_t k = place_.top_k, width = place_.local_experts + 1;
+  chunk.rows = end - begin;
+  chunk.offsets = details.offsets.rows(number * width, (number + 1) * width);
+  chunk.slot_source = details.slot_source.rows(begin * k, end * k);
+  chunk.token_slots = details.token_slots.rows(begin, end);
 }
 
-// The choices arrived by source; the rows come chunk by chunk, and by source within a chunk.
-void AllToAllRowExchange::sort_received(Details& details, Route* route, Stream* stream) {
-  const std::int64_t n = route->tokens, k = place_.top_k, width = place_.local_experts + 1;
-  const SentRows& sent = details.sent;
+void AllToAllRowExchange::cut_chunks(Route* route) const {
+  const Details& details = of(*route);
+  const RouteCounts& counts = details.counts;
+  std::int64_t slots = 0;
+  for (int c = 0; c <= place_.chunks; ++c) {
+    RouteChunk& chunk = route->chunks[c];
+    chunk.slot_begin = slots;
+    chunk.slots = counts.slots(c);
+    slots += chunk.slots;
+    if (c == 0) continue;  // cut, and sorted, before the counts were there
+    const std::int64_t begin = counts.recv_begin(c), end = counts.recv_begin(c + 1);
+    cut_chunk(route, c, route->tokens + begin, route->tokens + end);
+    chunk.weights = details.weights.rows(begin, end);
+  }
+}
+
+void AllToAllRowExchange::sort_chunk(const RouteChunk& chunk, const Tensor& choices, Stream* stream) {
+  backend_.sort_slots({choices, chunk.offsets, chunk.slot_source, chunk.token_slots}, stream);
+}
+
+// Tells every rank each row's experts and weights.
+void AllToAllRowExchange::exchange_choices(const Route& route, Stream* stream) {
+  const RouteCounts& counts = of(route).counts;
+  const auto sent = [&](const Tensor& rows, int c) {
+    return rows.rows(counts.send_begin(c), counts.send_begin(c + 1));
+  };
+  const auto arrived = [&](int c) {
+    return arrived_choices_.rows(counts.recv_begin(c), counts.recv_begin(c + 1));
+  };
   for (int c = 1; c <= place_.chunks; ++c) {
-    RouteChunk& chunk = route->chunks[c];
-    const std::int64_t begin = sent.recv_begin(c);
-    chunk.rows = sent.recv_begin(c + 1) - begin;
-    std::int64_t row = begin;
-    for (int source = 0; source < place_.ranks; ++source) {
-      const auto [from, count] = sent.arrived(source, c);
-      std::copy_n(arrived_topk_.ptr<std::int32_t>() + from * k, count * k,
-                  details.topk.host().ptr<std::int32_t>() + (n + row) * k);
-      if (count > 0) {
-        backend_.convert(arrived_weights_.rows(from, from + count), details.weights.rows(row, row + count),
-                         stream);
-      }
-      row += count;
-    }
-    details.topk.upload(n + begin, n + row, backend_, stream);
-    chunk.offsets = details.offsets.device().rows(c * width, (c + 1) * width);
-    chunk.slot_source = details.slot_source.rows((n + begin) * k, (n + row) * k);
-    chunk.token_slots = details.token_slots.rows(n + begin, n + row);
-    chunk.weights = details.weights.rows(begin, row);
-    backend_.sort_slots(
-        {details.topk.device().rows(n + begin, n + row), chunk.offsets, chunk.slot_source, chunk.token_slots},
-        stream);
+    RowMovement choices = to_experts(route, c, sent(planner_.sent_choices(), c), arrived(c));
+    choices.lane = RowLane::Choices;
+    choices.labels = &kChoices;
+    choices_[c] = transport_->move(choices);
+    RowMovement weights = to_experts(route, c, sent(planner_.sent_weights(), c), route.chunks[c].weights);
+    weights.lane = RowLane::Scalars;
+    weights.labels = &kWeights;
+    weights_[c] = transport_->move(weights);
   }
-}
-
-// How many slots each chunk has: the host must know, since buffers are cut accordingly.
-void AllToAllRowExchange::count_slots(const Details& details, Route* route, Stream* stream) const {
-  details.offsets.download(backend_, stream);
-  const std::int64_t width = place_.local_experts + 1;
-  route->slots = 0;
-  for (std::size_t c = 0; c < route->chunks.size(); ++c) {
-    RouteChunk& chunk = route->chunks[c];
-    chunk.slot_begin = route->slots;
-    chunk.slots = details.offsets.host().ptr<std::int64_t>()[c * width + place_.local_experts];
-    route->slots += chunk.slots;
+  for (int c = 1; c <= place_.chunks; ++c) {
+    std::exchange(choices_[c], Event()).wait();
+    sort_chunk(route.chunks[c], arrived(c), stream);
   }
+  for (Event& weights : weights_) std::exchange(weights, Event()).wait();
 }
 
 void AllToAllRowExchange::start_dispatch(const Route& route, int chunk, const Tensor& rows,
                                          const Tensor& received, Stream* stream) {
   if (chunk == 0) return;
-  const SentRows& sent = of(route).sent;
-  const std::int64_t begin = sent.send_begin(chunk), end = sent.send_begin(chunk + 1);
-  const Tensor out = outbox_.rows(route.tokens + begin, route.tokens + end);
-  backend_.gather_rows({rows, sent.tokens().rows(begin, end), 1, out}, stream);
-  backend_.synchronize(stream);
-  const Tensor in = received.rows(sent.recv_begin(chunk), sent.recv_begin(chunk + 1));
+  const RouteCounts& counts = of(route).counts;
+  const std::int64_t begin = counts.send_begin(chunk), end = counts.send_begin(chunk + 1);
+  const std::int64_t staying = counts.staying(), n = route.tokens;
+  const Tensor out = outbox_.rows(n + begin, n + end);
+  backend_.gather_rows({.x = rows,
+                        .slot_source = of(route).sent.source.rows(staying + begin, staying + end),
+                        .k = static_cast<std::int32_t>(place_.most_ranks()),
+                        .y = out},
+                       stream);
+  const Tensor in = received.rows(counts.recv_begin(chunk), counts.recv_begin(chunk + 1));
   start(&dispatches_[chunk], to_experts(route, chunk, out, in));
 }
 
 void AllToAllRowExchange::gather(const Route& route, int chunk, const Tensor& rows, const Tensor& received,
                                  const Tensor& slot_rows, Stream* stream) {
   const RouteChunk& c = route.chunks[chunk];
-  const SentRows& sent = of(route).sent;
-  const Tensor source = chunk == 0 ? rows : received.rows(sent.recv_begin(chunk), sent.recv_begin(chunk + 1));
+  const RouteCounts& counts = of(route).counts;
+  const Tensor source =
+      chunk == 0 ? rows : received.rows(counts.recv_begin(chunk), counts.recv_begin(chunk + 1));
   const auto k = static_cast<std::int32_t>(place_.top_k);
   backend_.gather_rows({source, c.slot_source.rows(0, c.slots), k, slot_rows}, stream);
 }
@@ -367,21 +331,21 @@ void AllToAllRowExchange::start_combine(const Route& route, int chunk, const Ten
     backend_.combine_rows({slot_rows, c.token_slots, weights, {}, outbox_.rows(0, route.tokens)}, stream);
     return;
   }
-  const SentRows& sent = of(route).sent;
-  const Tensor back = inbox_.rows(sent.recv_begin(chunk), sent.recv_begin(chunk + 1));
+  const RouteCounts& counts = of(route).counts;
+  const Tensor back = inbox_.rows(counts.recv_begin(chunk), counts.recv_begin(chunk + 1));
   backend_.combine_rows({slot_rows, c.token_slots, weights, {}, back}, stream);
-  backend_.synchronize(stream);
   const std::int64_t n = route.tokens;
-  const Tensor home = outbox_.rows(n + sent.send_begin(chunk), n + sent.send_begin(chunk + 1));
+  const Tensor home = outbox_.rows(n + counts.send_begin(chunk), n + counts.send_begin(chunk + 1));
   start(&combines_[chunk], from_experts(route, chunk, back, home));
 }
 
 void AllToAllRowExchange::finish_combine(const Route& route, const Tensor& residual, const Tensor& y,
                                          Stream* stream) {
   for (Event& event : combines_) finish(&event);
-  const SentRows& sent = of(route).sent;
+  const Details& details = of(route);
+  const std::int64_t n = route.tokens;
   backend_.combine_rows(
-      {outbox_.rows(0, route.tokens + sent.sent()), sent.token_rows().rows(0, route.tokens), {}, residual, y},
+      {outbox_.rows(0, n + details.counts.sent()), details.sent.token_rows.rows(0, n), {}, residual, y},
       stream);
 }
 
@@ -389,16 +353,14 @@ void AllToAllRowExchange::start_scalars(const Route& route, int chunk, const Ten
                                         Stream* stream) {
   const RouteChunk& c = route.chunks[chunk];
   if (chunk == 0) {
-    backend_.scatter_scalars({slot_scalars, c.token_slots, out_scalars_.device().rows(0, route.tokens)},
-                             stream);
+    backend_.scatter_scalars({slot_scalars, c.token_slots, out_scalars_.rows(0, route.tokens)}, stream);
     return;
   }
-  const SentRows& sent = of(route).sent;
-  const Tensor back = in_scalars_.rows(sent.recv_begin(chunk), sent.recv_begin(chunk + 1));
+  const RouteCounts& counts = of(route).counts;
+  const Tensor back = in_scalars_.rows(counts.recv_begin(chunk), counts.recv_begin(chunk + 1));
   backend_.scatter_scalars({slot_scalars, c.token_slots, back}, stream);
-  backend_.synchronize(stream);
   const std::int64_t n = route.tokens;
-  const Tensor home = out_scalars_.device().rows(n + sent.send_begin(chunk), n + sent.send_begin(chunk + 1));
+  const Tensor home = out_scalars_.rows(n + counts.send_begin(chunk), n + counts.send_begin(chunk + 1));
   RowMovement scalars = from_experts(route, chunk, back, home);
   scalars.lane = RowLane::Scalars;
   scalars.labels = &kScalars;
@@ -409,16 +371,12 @@ void AllToAllRowExchange::finish_scalars(const Route& route, const Tensor& scala
   for (Event& event : scalars_) finish(&event);
   const Details& details = of(route);
   const std::int64_t n = route.tokens;
-  out_scalars_.download(0, n + details.sent.sent(), backend_, stream);
-  const Tensor own = details.topk.host().rows(0, n), out = out_scalars_.host();
-  const bool apart = scalars.device != Device::CPU;
-  const Tensor sums = apart ? sums_.rows(0, n) : scalars;
-  if (sums.dtype == DType::F64) {
-    details.sent.add_scalars(own, out.ptr<double>(), sums.ptr<double>());
-  } else {
-    details.sent.add_scalars(own, out.ptr<float>(), sums.ptr<float>());
-  }
-  if (apart) backend_.copy(sums, scalars, stream);
+  backend_.combine_scalars({.place = place_,
+                            .topk = route.kept.rows(0, n),
+                            .token_rows = details.sent.token_rows.rows(0, n),
+                            .scalars = out_scalars_.rows(0, n + details.counts.sent()),
+                            .target = scalars},
+                           stream);
 }
 
 }  // namespace

@@ -8,15 +8,12 @@
 
 #include "core/groups.h"
 #include "core/memory_plan.h"
-#include "parallel/sent_rows.h"
+#include "core/operators/experts.h"
 
 namespace hybridmoe {
 
-// What others tell of a route: how many of their rows go where.
-struct RowCounts {
-  std::vector<std::int64_t> received;  // [ranks, chunks] that come to this rank
-  std::vector<std::int64_t> pairs;     // [ranks, ranks, chunks] by source and destination; where hosts relay
-};
+// Counts of count_dispatch [ranks, ranks, 2 (1 + chunks)] by source and destination; where hosts relay.
+using PairCounts = std::vector<std::int64_t>;
 
 // What is under way at the same time has buffers of its own: a lane, in it a chunk.
 enum class RowLane { Rows, Scalars, Choices };
@@ -29,9 +26,9 @@ struct RowLabels {
 
 struct RowMovement {
   RowLane lane = RowLane::Rows;
-  int chunk = 0;      // from 1; 0: all of them together
+  int chunk = 1;
   bool back = false;  // rows return: who received sends
-  const RowCounts* counts = nullptr;
+  const PairCounts* pairs = nullptr;
   Tensor send = {}, recv = {};                               // in rank order
   std::vector<std::int64_t> send_rows = {}, recv_rows = {};  // [ranks]
   const RowLabels* labels = nullptr;
@@ -50,8 +47,9 @@ class RowTransport {
   virtual ~RowTransport() = default;
   // Plans buffers for rows of other ranks.
   virtual void declare_shared(MemoryPlan&, const ExchangePlace&, const RowSizes&) {}
-  // to_ranks [ranks, chunks]: rows that this rank sends. Waits for the others' answers.
-  virtual RowCounts exchange_counts(const std::vector<std::int64_t>& to_ranks) = 0;
+  // from [ranks, w] I64 = what each rank has for this one in its `to` [ranks, w], and where hosts relay
+  // *pairs = those of all ranks, which must stay where they are until the event is done.
+  virtual Event exchange_counts(const Tensor& to, const Tensor& from, PairCounts* pairs) = 0;
   // Starts moving rows; what is passed may be reused or read when the event is done, and this rank has
   // nothing more to pass on then. One movement of a lane and chunk at a time. Event::wait throws Error when
   // it failed.

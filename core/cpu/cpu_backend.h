@@ -71,6 +71,12 @@ class CpuBackend final : public Backend {
   void swiglu_forward(const SwigluForward&, Stream*) override;
   void swiglu_backward(const SwigluBackward&, Stream*) override;
 
+  // dispatch.cc
+  void dispatch_keys(const DispatchKeys&, Stream*) override;
+  void count_dispatch(const CountDispatch&, Stream*) override;
+  void pack_choices(const PackChoices&, Stream*) override;
+  void combine_scalars(const CombineScalars&, Stream*) override;
+
   // loss.cc
   void embedding_forward(const EmbeddingForward&, Stream*) override;
   void embedding_backward(const EmbeddingBackward&, Stream*) override;

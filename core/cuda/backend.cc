@@ -16,18 +16,27 @@ CudaBackend::CudaBackend(std::unique_ptr<DeviceRuntime> device, DType compute_ty
 
 CudaBackend::~CudaBackend() { workspace_.release(*device_); }
 
-// Other ranks may keep the stream from ever finishing: the hook finds out.
+// Until it is done: other ranks may keep that from ever coming, and the hook finds out.
+template <class Done>
+void CudaBackend::poll(const Done& done) {
+  if (!has_progress_hook() || done()) return;
+  struct Waited {
+    CudaBackend& backend;
+    ~Waited() { backend.progress(Moment::Waited); }
+  };
+  const Waited waited{*this};
+  do progress(Moment::Waiting);
+  while (!done());
+}
+
 void CudaBackend::synchronize(Stream* stream) {
-  if (has_progress_hook() && !device_->finished(stream)) {
-    struct Waited {
-      CudaBackend& backend;
-      ~Waited() { backend.progress(Moment::Waited); }
-    };
-    const Waited waited{*this};
-    do progress(Moment::Waiting);
-    while (!device_->finished(stream));
-  }
+  poll([&] { return device_->finished(stream); });
   device_->synchronize(stream);
+}
+
+void CudaBackend::await_mark() {
+  poll([&] { return device_->reached_mark(); });
+  device_->await_mark();
 }
 
 std::int64_t CudaBackend::row_parts(std::int64_t n, std::int64_t least) const {

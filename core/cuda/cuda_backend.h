@@ -38,6 +38,8 @@ class CudaBackend final : public Backend {
   }
   Stream* main_stream() override { return device_->main_stream(); }
   void synchronize(Stream* stream) override;
+  void mark(Stream* stream) override { device_->mark(stream); }
+  void await_mark() override;
 
   // products.cu
   void linear_forward(const LinearForward&, Stream*) override;
@@ -75,6 +77,12 @@ class CudaBackend final : public Backend {
   void swiglu_forward(const SwigluForward&, Stream*) override;
   void swiglu_backward(const SwigluBackward&, Stream*) override;
 
+  // dispatch.cu
+  void dispatch_keys(const DispatchKeys&, Stream*) override;
+  void count_dispatch(const CountDispatch&, Stream*) override;
+  void pack_choices(const PackChoices&, Stream*) override;
+  void combine_scalars(const CombineScalars&, Stream*) override;
+
   // loss.cu
   void embedding_forward(const EmbeddingForward&, Stream*) override;
   void embedding_backward(const EmbeddingBackward&, Stream*) override;
@@ -90,6 +98,8 @@ class CudaBackend final : public Backend {
   void join_master(const JoinMaster&, Stream*) override;
 
  private:
+  template <class Done>
+  void poll(const Done& done);
   // Memory for partial results of one operator: valid until the next call. Never shrinks.
   template <class T>
   T* workspace(std::int64_t count, Stream* stream) {

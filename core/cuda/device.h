@@ -26,9 +26,14 @@ class DeviceRuntime {
   virtual void* allocate_shared(std::size_t bytes) = 0;
   virtual void release_shared(void* memory, std::size_t bytes) noexcept = 0;
   virtual Stream* main_stream() = 0;
-  // Whether everything queued there is done; both throw Error when something of it failed.
+  // Whether everything queued there is done, and waiting for it; both throw Error when something of it
+  // failed.
   virtual bool finished(Stream* stream) = 0;
-  virtual void synchronize(Stream* stream) = 0;  // waits
+  virtual void synchronize(Stream* stream) = 0;
+  // Backend::mark and await_mark, and whether it would wait.
+  virtual void mark(Stream* stream) = 0;
+  virtual bool reached_mark() = 0;
+  virtual void await_mark() = 0;
   // Queues a copy between any two of host and device memory. Host memory that is not pinned has been read, or
   // written, on return.
   virtual void copy(void* to, const void* from, std::size_t bytes, Stream* stream) = 0;

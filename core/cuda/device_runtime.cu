@@ -33,9 +33,14 @@ class Gpu final : public DeviceRuntime {
     require(properties_.major >= 8, "device ", index_, " (", properties_.name, ") has compute capability ",
             properties_.major, ".", properties_.minor, "; 8.0 or more is needed");
     main_stream_of_process();
+    check_cuda(cudaEventCreateWithFlags(&mark_, cudaEventDisableTiming), "creating an event");
     products_ = std::make_unique<LibraryProducts>(*this, options.product_candidate);
     if (options.attention == AttentionKernels::Cudnn) open_library_attention(options.compute_type);
   }
+
+  ~Gpu() override { cudaEventDestroy(mark_); }
+  Gpu(const Gpu&) = delete;
+  Gpu& operator=(const Gpu&) = delete;
 
   std::string name() const override {
     int driver = 0, runtime = 0;
@@ -83,6 +88,16 @@ class Gpu final : public DeviceRuntime {
   void synchronize(Stream* stream) override {
     check_cuda(cudaStreamSynchronize(native(stream)), "waiting for queued work");
   }
+  void mark(Stream* stream) override {
+    check_cuda(cudaEventRecord(mark_, native(stream)), "recording an event");
+  }
+  bool reached_mark() override {
+    const cudaError_t status = cudaEventQuery(mark_);
+    if (status == cudaErrorNotReady) return false;
+    check_cuda(status, "asking for queued work");
+    return true;
+  }
+  void await_mark() override { check_cuda(cudaEventSynchronize(mark_), "waiting for queued work"); }
   void copy(void* to, const void* from, std::size_t bytes, Stream* stream) override {
     check_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, native(stream)), "queuing a copy");
   }
@@ -113,6 +128,7 @@ class Gpu final : public DeviceRuntime {
 
   int index_;
   cudaDeviceProp properties_{};
+  cudaEvent_t mark_ = nullptr;
   std::unique_ptr<LibraryProducts> products_;
   std::unique_ptr<LibraryAttention> attention_;  // null: not chosen
 };

@@ -41,6 +41,9 @@ class HostDevice final : public DeviceRuntime {
   Stream* main_stream() override { return nullptr; }
   bool finished(Stream*) override { return true; }
   void synchronize(Stream*) override {}
+  void mark(Stream*) override {}
+  bool reached_mark() override { return true; }
+  void await_mark() override {}
   void copy(void* to, const void* from, std::size_t bytes, Stream*) override {
     const host::OpenMemory open;
     std::memcpy(to, from, bytes);

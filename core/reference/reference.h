@@ -70,6 +70,10 @@ class ReferenceBackend : public Backend {
   void combine_rows(const CombineRows&, Stream*) override;
   void gather_scalars(const GatherScalars&, Stream*) override;
   void scatter_scalars(const ScatterScalars&, Stream*) override;
+  void dispatch_keys(const DispatchKeys&, Stream*) override;
+  void count_dispatch(const CountDispatch&, Stream*) override;
+  void pack_choices(const PackChoices&, Stream*) override;
+  void combine_scalars(const CombineScalars&, Stream*) override;
   void swiglu_forward(const SwigluForward&, Stream*) override;
   void swiglu_backward(const SwigluBackward&, Stream*) override;
 

@@ -11,6 +11,7 @@ std::vector<OperatorCase> operator_cases() {
   add_norm_gate(cases);
   add_attention(cases);
   add_experts(cases);
+  add_dispatch(cases);
   add_loss(cases);
   add_optimizer(cases);
   return cases;
@@ -23,6 +24,7 @@ std::vector<OperatorCase> benchmark_cases(const BenchmarkSize& size) {
   add_norm_gate(size, cases);
   add_attention(size, cases);
   add_experts(size, cases);
+  add_dispatch(size, cases);
   add_loss(size, cases);
   add_optimizer(size, cases);
   return cases;

@@ -21,6 +21,7 @@ void add_norms(Cases& cases);
 void add_norm_gate(Cases& cases);
 void add_attention(Cases& cases);
 void add_experts(Cases& cases);
+void add_dispatch(Cases& cases);
 void add_loss(Cases& cases);
 void add_optimizer(Cases& cases);
 
@@ -29,6 +30,7 @@ void add_norms(const BenchmarkSize& size, Cases& cases);
 void add_norm_gate(const BenchmarkSize& size, Cases& cases);
 void add_attention(const BenchmarkSize& size, Cases& cases);
 void add_experts(const BenchmarkSize& size, Cases& cases);
+void add_dispatch(const BenchmarkSize& size, Cases& cases);
 void add_loss(const BenchmarkSize& size, Cases& cases);
 void add_optimizer(const BenchmarkSize& size, Cases& cases);
 

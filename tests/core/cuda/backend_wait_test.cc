@@ -13,6 +13,7 @@ class SlowDevice final : public IdleDevice {
  public:
   explicit SlowDevice(int* questions) : questions_(questions) {}
   bool finished(Stream*) override { return --*questions_ < 0; }
+  bool reached_mark() override { return --*questions_ < 0; }
   void synchronize(Stream*) override { EXPECT_LT(*questions_, 0) << "blocked, where nobody could be asked"; }
 
  private:
@@ -44,7 +45,12 @@ TEST(BackendWait, TheHookIsCalledUntilTheDeviceHasFinished) {
   EXPECT_TRUE(waits.moments.empty()) << "it had finished";
   waits.questions = 3;
   waits.backend.synchronize(nullptr);
-  EXPECT_EQ(waits.moments, (std::vector{Moment::Waiting, Moment::Waiting, Moment::Waiting, Moment::Waited}));
+  const std::vector expected{Moment::Waiting, Moment::Waiting, Moment::Waiting, Moment::Waited};
+  EXPECT_EQ(waits.moments, expected);
+  waits.moments.clear();
+  waits.questions = 3;
+  waits.backend.await_mark();
+  EXPECT_EQ(waits.moments, expected) << "for a mark as for everything";
 }
 
 TEST(BackendWait, WhatTheHookThrowsEndsTheWait) {
