@@ -118,6 +118,7 @@ class AllToAllRowExchange : public RowExchange {
     *event = Event();
   }
   void require_room(const Details& details, const char* what, std::int64_t come, std::int64_t most) const;
+  void take_memory(const Details& details, std::int64_t n, std::int64_t rows) const;
   void exchange_routes(Details& details, Route* route);
   void sort_own(const Tensor& kept, Details& details, Route* route, Stream* stream);
   void sort_received(Details& details, Route* route, Stream* stream);
@@ -137,6 +138,7 @@ class AllToAllRowExchange : public RowExchange {
   ExchangePlace place_;
   ExchangeOptions options_;
   CapacityLimiter limiter_;
+  MemoryPlan* memory_ = nullptr;  // in which all of it is planned
   std::unique_ptr<RowTransport> transport_;
   Tensor outbox_;         // (n + sent, d): own tokens' rows, then those sent
   Tensor inbox_;          // (received, d)
@@ -174,6 +176,7 @@ void AllToAllRowExchange::declare(MemoryPlan& memory, Route* route, std::int64_t
 void AllToAllRowExchange::declare_shared(MemoryPlan& memory, std::int64_t n, std::int64_t d) {
   const std::int64_t k = place_.top_k, rows = max_rows(n), expected = expected_rows(n),
                      sent = place_.most_sent(n);
+  memory_ = &memory;
   const DType C = backend_.compute_type(), S = backend_.statistics_type();
   memory.add(&outbox_, "exchange outbox", {n + sent, d}, C, "exchange");
   memory.add_rows(&inbox_, "exchange inbox", {rows, d}, expected, C, "exchange");
@@ -202,6 +205,14 @@ void AllToAllRowExchange::require_room(const Details& details, const char* what,
           "moe.capacity_factor)");
 }
 
+// For what comes beside the tokens' own choices, before anything is queued that touches it.
+void AllToAllRowExchange::take_memory(const Details& details, std::int64_t n, std::int64_t rows) const {
+  for (const Tensor* by_row : {&details.weights, &inbox_, &in_scalars_}) memory_->ensure_rows(*by_row, rows);
+  memory_->ensure_rows(details.topk.device(), n + rows);
+  memory_->ensure_rows(details.token_slots, n + rows);
+  memory_->ensure_rows(details.slot_source, (n + rows) * place_.top_k);
+}
+
 void AllToAllRowExchange::plan(const Tensor& topk, const Tensor& weights, Route* route, Stream* stream) {
   const std::int64_t n = topk.rows();
   Details& details = of(*route);
@@ -228,6 +239,7 @@ void AllToAllRowExchange::exchange_routes(Details& details, Route* route) {
   sent.set_received(place_, details.counts.received);
   route->rows = sent.received();
   require_room(details, "rows", route->rows, max_rows(route->tokens));
+  take_memory(details, route->tokens, route->rows);
   RowMovement beside{
       .counts = &details.counts, .send_rows = sent.rows_to_ranks(), .recv_rows = sent.rows_from_ranks()};
   beside.lane = RowLane::Choices;
