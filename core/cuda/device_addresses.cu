@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <cuda.h>
 
 #include "core/cuda/device_addresses.h"
 #include "core/cuda/driver_function.h"

@@ -1,6 +1,4 @@
 // Tensor maps made by the driver.
-#include <cuda.h>
-
 #include "core/cuda/driver_function.h"
 #include "core/cuda/hopper.h"
 

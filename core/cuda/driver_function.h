@@ -1,6 +1,7 @@
 // Functions of the driver, which is asked for them and not linked: the plug-in loads without one.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include "core/cuda/cuda_error.h"
