@@ -37,6 +37,16 @@ class Backend : public Products,
   // touches it. For what is small, and written or read by the host in every step: a device has it far away.
   virtual void* allocate_shared(std::size_t bytes) { return allocate(bytes); }
   virtual void release_shared(void* memory, std::size_t bytes) noexcept { release(memory, bytes); }
+  // Addresses first, memory behind parts of them later, for arenas of which nobody knows how much they will
+  // need. Parts begin and end at multiples of `granule` bytes; 0 where memory that is not touched costs
+  // nothing, or where the device cannot do it: then reserve is allocate. `map` takes memory for bytes
+  // begin .. end of `reserved`, none of which has any yet, and queues the zeroing of it on the main stream;
+  // throws Error naming the size when it cannot be had, and has changed nothing then. Who touches addresses
+  // without memory crashes. release_reserved gives all of it back.
+  virtual std::int64_t granule() const { return 0; }
+  virtual void* reserve(std::size_t bytes) { return allocate(bytes); }
+  virtual void map(void* /*reserved*/, std::int64_t /*begin*/, std::int64_t /*end*/) {}
+  virtual void release_reserved(void* reserved, std::size_t bytes) noexcept { release(reserved, bytes); }
   // target = source, contiguous, of one type and as many elements; each in this backend's memory or the
   // host's. Queued; host memory may be touched again after synchronize.
   virtual void copy(const Tensor& source, const Tensor& target, Stream* stream);

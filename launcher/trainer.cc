@@ -60,6 +60,7 @@ Trainer::Trainer(const Config& config, const Dataset& data, Backend& backend, co
       groups_(groups),
       host_(backend),
       masters_(backend, host_),
+      memory_(backend.granule(), groups.world->rank()),
       model_(config.model(), config.optimizer(), backend, groups, exchange, parameters_),
       sync_(parameters_),
       meter_(config, parameters_, groups, backend, host_),

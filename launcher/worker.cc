@@ -151,11 +151,13 @@ int Worker::finish() {
   const std::int64_t step = trainer_->progress().step;
   if (last_saved_ != step) save();
   const double peak = process_memory("VmHWM:");
+  const std::int64_t grown = trainer_->memory().growths();
   say(world(),
       cat("memory: process peak ", mebibytes(peak), ", of which ", mebibytes(peak - memory_before_plan_),
           " beyond what it held before the plan of ",
           mebibytes(static_cast<double>(trainer_->memory().bytes())), "; ",
-          mebibytes(static_cast<double>(trainer_->memory().resident_bytes())), " of the plan were touched"));
+          mebibytes(static_cast<double>(trainer_->memory().resident_bytes())), " of the plan were touched",
+          grown == 0 ? "" : cat(", buffers of rows grew ", grown, " times")));
   event(EventRecord::END, stopped_by_.empty() ? "all steps are done" : "stopped by " + stopped_by_);
   if (recorder_) {
     const CloseReport report = recorder_->close();

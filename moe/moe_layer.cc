@@ -80,6 +80,7 @@ void MoeLayer::plan_activations(MemoryPlan& memory, std::int64_t rows) {
 }
 
 void MoeLayer::plan_kept(MemoryPlan& memory, std::int64_t rows) {
+  memory_ = &memory;
   memory.add(&topk_, name_ + ".topk", {rows, moe_.top_k()}, DType::I32, "routing");
   memory.add(&weights_, name_ + ".weights", {rows, moe_.top_k()}, statistics(), "routing");
   exchange_.declare(memory, &route_, rows, name_ + ".route");
@@ -155,10 +156,20 @@ void MoeLayer::enter(const Pass& pass, const Tensor& x, const Tensor& branch) {
   }
   if (!pass.recomputing) {
     exchange_.plan(call.topk, call.weights, &route_, pass.stream);
+    take_memory();
     if (!pass.statistics) return;
     statistics_.dropped = route_.dropped;
     statistics_.slots = route_.slots;
     statistics_.expected_slots = exchange_.expected_slots(pass.rows());
+  }
+}
+
+// For all rows and slots of the route, in the forward and the backward pass.
+void MoeLayer::take_memory() {
+  memory_->ensure_rows(received_, route_.rows);
+  for (const Tensor* by_slot :
+       {&gate_up_rows_, &slot_rows_, &act_, &dslot_rows_, &slot_weights_, &dslot_weights_}) {
+    memory_->ensure_rows(*by_slot, route_.slots);
   }
 }
 

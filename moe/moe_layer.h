@@ -36,6 +36,7 @@ class MoeLayer : public FeedForwardLayer {
  private:
   NormGateForward gate_call(const Pass& pass, const Tensor& x, const Tensor& branch) const;
   void declare_experts(Declare& declare, const ParameterRules& rules);
+  void take_memory();
   void chunk_forward(const Pass& pass, int chunk, const Tensor& input);
   void chunk_backward(const Pass& pass, int chunk, const Tensor& input, const Tensor& g);
   int chunks() const { return static_cast<int>(route_.chunks.size()); }
@@ -53,8 +54,9 @@ class MoeLayer : public FeedForwardLayer {
   Tensor topk_, weights_;              // (n, k), kept through recomputation: nothing is decided twice
   Tensor topk_again_, weights_again_;  // (n, k) where a recomputation writes what is already known
   Route route_;
-  Tensor received_;      // (R, d): rows of other ranks' tokens
-  Tensor gate_up_rows_;  // (S, 2F), overwritten by its gradient
+  MemoryPlan* memory_ = nullptr;  // in which all of it is planned
+  Tensor received_;               // (R, d): rows of other ranks' tokens
+  Tensor gate_up_rows_;           // (S, 2F), overwritten by its gradient
   // Temporaries. S slots, chunk after chunk.
   Tensor slot_rows_, act_;               // (S, d), (S, F)
   Tensor dslot_rows_;                    // (S, d)

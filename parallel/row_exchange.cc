@@ -120,6 +120,7 @@ class AllToAllRowExchange : public RowExchange {
     *event = Event();
   }
   void require_room(const Details& details, const char* what, std::int64_t come, std::int64_t most) const;
+  void take_memory(const Details& details, std::int64_t n, std::int64_t rows) const;
   void cut_chunk(Route* route, int number, std::int64_t begin, std::int64_t end) const;
   void cut_chunks(Route* route) const;
   void sort_chunk(const RouteChunk& chunk, const Tensor& choices, Stream* stream);
@@ -132,6 +133,7 @@ class AllToAllRowExchange : public RowExchange {
   ExchangeOptions options_;
   CapacityLimiter limiter_;
   DispatchPlanner planner_;
+  MemoryPlan* memory_ = nullptr;  // in which all of it is planned
   std::unique_ptr<RowTransport> transport_;
   Tensor outbox_;                         // (n + sent, d): own tokens' rows, then those sent
   Tensor inbox_;                          // (received, d)
@@ -164,6 +166,7 @@ void AllToAllRowExchange::declare(MemoryPlan& memory, Route* route, std::int64_t
 void AllToAllRowExchange::declare_shared(MemoryPlan& memory, std::int64_t n, std::int64_t d) {
   const std::int64_t k = place_.top_k, rows = max_rows(n), expected = expected_rows(n),
                      sent = place_.most_sent(n);
+  memory_ = &memory;
   const DType C = backend_.compute_type(), S = backend_.statistics_type();
   memory.add(&outbox_, "exchange outbox", {n + sent, d}, C, "exchange");
   memory.add_rows(&inbox_, "exchange inbox", {rows, d}, expected, C, "exchange");
@@ -182,6 +185,14 @@ void AllToAllRowExchange::require_room(const Details& details, const char* what,
           ", and its memory may grow to ", most,
           "; raise parallel.load_limit (0: whatever can come), or balance the router (moe.balance_loss, "
           "moe.capacity_factor)");
+}
+
+// For what comes beside the tokens' own choices, before anything is queued that touches it.
+void AllToAllRowExchange::take_memory(const Details& details, std::int64_t n, std::int64_t rows) const {
+  for (const Tensor* by_row : {&details.weights, &inbox_, &in_scalars_, &arrived_choices_})
+    memory_->ensure_rows(*by_row, rows);
+  memory_->ensure_rows(details.token_slots, n + rows);
+  memory_->ensure_rows(details.slot_source, (n + rows) * place_.top_k);
 }
 
 void AllToAllRowExchange::plan(const Tensor& topk, const Tensor& weights, Route* route, Stream* stream) {
@@ -205,6 +216,7 @@ void AllToAllRowExchange::plan(const Tensor& topk, const Tensor& weights, Route*
   route->slots = details.counts.slots();
   require_room(details, "rows", route->rows, max_rows(n));
   require_room(details, "slots", route->slots, max_slots(n));
+  take_memory(details, n, route->rows);
   cut_chunks(route);
   exchange_choices(*route, stream);
 }

@@ -116,6 +116,7 @@ MoeLayerTrial::MoeLayerTrial(const Config& config, Backend& backend, const Group
     : config_(config),
       backend_(backend),
       machine_(backend, groups),
+      memory_(backend.granule(), groups.world->rank()),
       exchange_(exchange_of(config, backend, groups, options)),
       layer_(config.model(), shape_of(config.model()), 0, ParameterRules(config.model(), config.optimizer()),
              machine_, *exchange_, parameters_) {

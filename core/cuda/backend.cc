@@ -39,6 +39,14 @@ void CudaBackend::await_mark() {
   device_->await_mark();
 }
 
+void CudaBackend::map(void* reserved, std::int64_t begin, std::int64_t end) {
+  if (granule() == 0) return;
+  const auto bytes = static_cast<std::size_t>(end - begin);
+  void* const memory = static_cast<char*>(reserved) + begin;
+  device_->map(memory, bytes);
+  device_->fill_zero(memory, bytes, main_stream());
+}
+
 std::int64_t CudaBackend::row_parts(std::int64_t n, std::int64_t least) const {
   constexpr std::int64_t kPerProcessor = 4;
   return std::clamp<std::int64_t>(n / least, 1, kPerProcessor * device_->processors());

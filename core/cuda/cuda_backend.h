@@ -28,6 +28,14 @@ class CudaBackend final : public Backend {
   DType compute_type() const override { return compute_type_; }
   void* allocate(std::size_t bytes) override { return device_->allocate(bytes); }
   void release(void* memory, std::size_t bytes) noexcept override { device_->release(memory, bytes); }
+  std::int64_t granule() const override { return device_->granule(); }
+  void* reserve(std::size_t bytes) override {
+    return granule() > 0 ? device_->reserve(bytes) : device_->allocate(bytes);
+  }
+  void map(void* reserved, std::int64_t begin, std::int64_t end) override;
+  void release_reserved(void* reserved, std::size_t bytes) noexcept override {
+    granule() > 0 ? device_->release_reserved(reserved, bytes) : device_->release(reserved, bytes);
+  }
   void* allocate_shared(std::size_t bytes) override { return device_->allocate_shared(bytes); }
   void release_shared(void* memory, std::size_t bytes) noexcept override {
     device_->release_shared(memory, bytes);

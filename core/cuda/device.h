@@ -25,6 +25,12 @@ class DeviceRuntime {
   // The same in host memory that kernels reach: Backend::allocate_shared.
   virtual void* allocate_shared(std::size_t bytes) = 0;
   virtual void release_shared(void* memory, std::size_t bytes) noexcept = 0;
+  // Backend::granule; where it is not 0, addresses (aligned to it), and memory of any content behind a part
+  // of them: both begin and size are multiples of it, and the part has no memory yet.
+  virtual std::int64_t granule() const = 0;
+  virtual void* reserve(std::size_t bytes) = 0;
+  virtual void map(void* part, std::size_t bytes) = 0;
+  virtual void release_reserved(void* reserved, std::size_t bytes) noexcept = 0;
   virtual Stream* main_stream() = 0;
   // Whether everything queued there is done, and waiting for it; both throw Error when something of it
   // failed.

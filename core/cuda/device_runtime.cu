@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "core/cuda/cuda_error.h"
+#include "core/cuda/device_addresses.h"
 #include "core/cuda/device_runtime.h"
 #include "core/cuda/launch.h"
 #include "core/cuda/library_attention.h"
@@ -34,6 +35,7 @@ class Gpu final : public DeviceRuntime {
             properties_.major, ".", properties_.minor, "; 8.0 or more is needed");
     main_stream_of_process();
     check_cuda(cudaEventCreateWithFlags(&mark_, cudaEventDisableTiming), "creating an event");
+    addresses_ = std::make_unique<DeviceAddresses>(index_);
     products_ = std::make_unique<LibraryProducts>(*this, options.product_candidate);
     if (options.attention == AttentionKernels::Cudnn) open_library_attention(options.compute_type);
   }
@@ -60,10 +62,7 @@ class Gpu final : public DeviceRuntime {
     const cudaError_t status = cudaMalloc(&memory, bytes == 0 ? 1 : bytes);
     if (status != cudaSuccess) {
       cudaGetLastError();  // not to be found by the next call
-      std::size_t free = 0, total = 0;
-      cudaMemGetInfo(&free, &total);
-      throw Error(cat("cannot get ", bytes, " bytes of memory on ", properties_.name, " (", free, " of ",
-                      total, " are free): make the model or the micro-batch smaller, or use more ranks"));
+      throw no_memory(bytes);
     }
     fill_zero(memory, bytes, main_stream());
     synchronize(main_stream());
@@ -78,6 +77,15 @@ class Gpu final : public DeviceRuntime {
     return memory;
   }
   void release_shared(void* memory, std::size_t) noexcept override { cudaFreeHost(memory); }
+  std::int64_t granule() const override { return addresses_->granule(); }
+  void* reserve(std::size_t bytes) override { return addresses_->reserve(bytes); }
+  void map(void* part, std::size_t bytes) override {
+    if (!addresses_->map(part, bytes)) throw no_memory(bytes);
+  }
+  void release_reserved(void* reserved, std::size_t bytes) noexcept override {
+    cudaDeviceSynchronize();  // as cudaFree does; whatever failed there has been, or will be, reported
+    addresses_->release(reserved, bytes);
+  }
   Stream* main_stream() override { return reinterpret_cast<Stream*>(main_stream_of_process()); }
   bool finished(Stream* stream) override {
     const cudaError_t status = cudaStreamQuery(native(stream));
@@ -115,6 +123,12 @@ class Gpu final : public DeviceRuntime {
   }
 
  private:
+  Error no_memory(std::size_t bytes) const {
+    std::size_t free = 0, total = 0;
+    cudaMemGetInfo(&free, &total);
+    return Error(cat("cannot get ", bytes, " bytes of memory on ", properties_.name, " (", free, " of ",
+                     total, " are free): make the model or the micro-batch smaller, or use more ranks"));
+  }
   void open_library_attention(DType compute_type) {
     constexpr const char* kChosen = "cuda.attention = CUDNN cannot be had: ";
     require(compute_type == DType::BF16, kChosen, "cuDNN's attention computes in bf16, this backend in ",
@@ -129,6 +143,7 @@ class Gpu final : public DeviceRuntime {
   int index_;
   cudaDeviceProp properties_{};
   cudaEvent_t mark_ = nullptr;
+  std::unique_ptr<DeviceAddresses> addresses_;
   std::unique_ptr<LibraryProducts> products_;
   std::unique_ptr<LibraryAttention> attention_;  // null: not chosen
 };

@@ -1,8 +1,5 @@
-// Tensor maps made by the driver, which is asked for its function and not linked: the plug-in loads without
-// one.
-#include <cuda.h>
-
-#include "core/cuda/cuda_error.h"
+// Tensor maps made by the driver.
+#include "core/cuda/driver_function.h"
 #include "core/cuda/hopper.h"
 
 namespace hybridmoe::cuda {
@@ -12,22 +9,10 @@ using Encode = CUresult(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, co
                         const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
                         CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
-Encode* find_encode() {
-  constexpr unsigned kSince = 12000;  // the driver's version that has it
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found{};
-  check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, kSince, cudaEnableDefault,
-                                              &found),
-             "asking the driver for cuTensorMapEncodeTiled");
-  require(found == cudaDriverEntryPointSuccess && function != nullptr,
-          "the driver has no cuTensorMapEncodeTiled: 12.0 or newer is needed");
-  return reinterpret_cast<Encode*>(function);
-}
-
 }  // namespace
 
 TensorMap make_tensor_map(const Boxes& boxes) {
-  static Encode* const encode = find_encode();
+  static Encode* const encode = driver_function<Encode>("cuTensorMapEncodeTiled", 12000);
   constexpr cuuint32_t kRank = 3, kBoxColumns = kSwizzleBytes / 2;
   const auto bytes = [](std::int64_t elements) { return static_cast<cuuint64_t>(2 * elements); };
   const cuuint64_t size[kRank] = {static_cast<cuuint64_t>(boxes.columns), static_cast<cuuint64_t>(boxes.rows),

@@ -3,6 +3,7 @@
 #include <cerrno>
 #include <cstring>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "core/cuda/cuda_backend.h"
 #include "core/cuda/host_executor.h"
@@ -26,17 +27,24 @@ class HostDevice final : public DeviceRuntime {
     return memory;
   }
   void release(void* memory, std::size_t bytes) noexcept override {
-    if (guarded_) host::forget(memory);
+    if (guarded_) host::forget(memory, bytes == 0 ? 1 : bytes);
     release_shared(memory, bytes);
   }
-  void* allocate_shared(std::size_t bytes) override {
-    void* memory = mmap(nullptr, bytes == 0 ? 1 : bytes, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    require(memory != MAP_FAILED, "cannot reserve ", bytes, " bytes of memory: ", std::strerror(errno));
-    return memory;
-  }
+  void* allocate_shared(std::size_t bytes) override { return addresses(bytes, PROT_READ | PROT_WRITE); }
   void release_shared(void* memory, std::size_t bytes) noexcept override {
     if (memory != nullptr) munmap(memory, bytes == 0 ? 1 : bytes);
+  }
+  // As a device, where memory is guarded: what has not been mapped crashes kernels and copies as well.
+  std::int64_t granule() const override { return guarded_ ? sysconf(_SC_PAGESIZE) : 0; }
+  void* reserve(std::size_t bytes) override { return addresses(bytes, PROT_NONE); }
+  void map(void* part, std::size_t bytes) override {
+    require(mprotect(part, bytes, PROT_READ | PROT_WRITE) == 0, "cannot get ", bytes,
+            " bytes of memory: ", std::strerror(errno));
+    host::guard(part, bytes);
+  }
+  void release_reserved(void* reserved, std::size_t bytes) noexcept override {
+    host::forget(reserved, bytes);
+    release_shared(reserved, bytes);
   }
   Stream* main_stream() override { return nullptr; }
   bool finished(Stream*) override { return true; }
@@ -57,6 +65,13 @@ class HostDevice final : public DeviceRuntime {
   bool attention_backward(const AttentionBackward&, Stream*) override { return false; }
 
  private:
+  static void* addresses(std::size_t bytes, int protection) {
+    void* memory =
+        mmap(nullptr, bytes == 0 ? 1 : bytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    require(memory != MAP_FAILED, "cannot reserve ", bytes, " bytes of memory: ", std::strerror(errno));
+    return memory;
+  }
+
   bool guarded_;
 };
 

@@ -248,10 +248,11 @@ void guard(void* memory, std::size_t bytes) {
   if (all.open == 0) all.protect(PROT_NONE);
 }
 
-void forget(void* memory) {
+void forget(void* memory, std::size_t bytes) {
   Guarded& all = guarded();
   const std::lock_guard lock(all.mutex);
-  all.ranges.erase(memory);
+  all.ranges.erase(all.ranges.lower_bound(memory),
+                   all.ranges.lower_bound(static_cast<char*>(memory) + bytes));
 }
 
 OpenMemory::OpenMemory() {

@@ -18,9 +18,10 @@ struct Grid {
 // Calls kernel once in every thread. An exception that a thread throws ends the launch and is thrown on.
 void run(const Grid& grid, const std::function<void()>& kernel);
 
-// Memory that only kernels may touch, and whoever holds an OpenMemory: others crash. `memory` begins a page.
+// Memory that only kernels may touch, and whoever holds an OpenMemory: others crash. `memory` begins a page,
+// and can be read and written until then. forget: all that was guarded within these bytes.
 void guard(void* memory, std::size_t bytes);
-void forget(void* memory);
+void forget(void* memory, std::size_t bytes);
 class OpenMemory {
  public:
   OpenMemory();

@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <gtest/gtest.h>
 
+#include "core/reference/reference.h"
+
 namespace hybridmoe {
 namespace {
 
@@ -92,6 +94,118 @@ TEST(MemoryPlan, MistakesAreErrors) {
   plan.commit(*backend);
   EXPECT_THROW(plan.commit(*backend), Error);
   EXPECT_THROW(plan.add(&late, "late", {4}, DType::F32, "x"), Error);
+}
+
+constexpr std::int64_t kGranule = 4096;
+using Parts = std::vector<std::pair<std::int64_t, std::int64_t>>;
+
+// A device in whose arena memory comes part by part, as long as there is some.
+class PartsBackend : public reference::ReferenceBackend {
+ public:
+  std::int64_t granule() const override { return kGranule; }
+  void map(void* reserved, std::int64_t begin, std::int64_t end) override {
+    arena = static_cast<char*>(reserved);
+    EXPECT_EQ(begin % kGranule, 0);
+    EXPECT_EQ(end % kGranule, 0);
+    EXPECT_LT(begin, end);
+    for (const auto& [first, last] : parts) EXPECT_TRUE(end <= first || last <= begin) << "mapped twice";
+    require(end - begin <= left, "cannot get ", end - begin, " bytes");
+    left -= end - begin;
+    parts.emplace_back(begin, end);
+  }
+  void synchronize(Stream*) override { ++waits; }
+  std::int64_t offset_of(const Tensor& tensor) const { return static_cast<char*>(tensor.data) - arena; }
+
+  char* arena = nullptr;
+  Parts parts;
+  std::int64_t left = std::int64_t{1} << 30;
+  int waits = 0;
+};
+
+TEST(GrowingRows, HaveMemoryForWhatIsExpectedThenForWhatComes) {
+  PartsBackend backend;
+  Tensor weights, rows, few, shared;
+  MemoryPlan plan(kGranule);
+  plan.add_rows(&rows, "rows", {1000, 8}, 100, DType::F64, "x");
+  plan.add(&weights, "weights", {600}, DType::F64, "x");
+  plan.add_rows(&few, "few", {50, 8}, 10, DType::F64, "x");  // too small to be worth it
+  plan.add_shared_rows(&shared, "shared", {1000, 8}, 10, DType::F64, "x");
+  // Weights and few: 4800 + 3200 bytes, in 2 granules; 6400 of 64000 bytes in rows, 2 of 16 granules.
+  EXPECT_EQ(plan.bytes(), 4800 + 3200 + 2 * kGranule + 64000);
+  EXPECT_EQ(plan.by_component().at("x"), plan.bytes());
+  EXPECT_EQ(plan.reserved_bytes(), (2 + 16) * kGranule + 64000);
+  plan.commit(backend);
+  EXPECT_EQ(backend.parts, (Parts{{0, 2 * kGranule}, {2 * kGranule, 4 * kGranule}}));
+  EXPECT_EQ(backend.offset_of(rows), 2 * kGranule);
+  EXPECT_EQ(plan.resident_bytes(), 4 * kGranule + 64000);
+  EXPECT_EQ(backend.waits, 1);
+
+  for (const std::int64_t enough : {0, 100, 128}) plan.ensure_rows(rows, enough);
+  plan.ensure_rows(few, 50);
+  plan.ensure_rows(shared, 1000);
+  EXPECT_EQ(plan.growths(), 0);
+  EXPECT_EQ(backend.waits, 1);
+  plan.ensure_rows(rows, 300);  // 19200 bytes: 5 granules, with a quarter more 6
+  EXPECT_EQ(backend.parts.back(), (std::pair{4 * kGranule, 8 * kGranule}));
+  EXPECT_EQ(plan.growths(), 1);
+  EXPECT_EQ(backend.waits, 2);
+  plan.ensure_rows(rows, 375);
+  EXPECT_EQ(plan.growths(), 1);
+  plan.ensure_rows(rows, 1000);
+  EXPECT_EQ(backend.parts.back(), (std::pair{8 * kGranule, 18 * kGranule}));
+  EXPECT_EQ(plan.resident_bytes(), plan.reserved_bytes());
+}
+
+TEST(GrowingRows, OfScopesSideBySideShareMemory) {
+  PartsBackend backend;
+  Tensor kept, first, inner, second, absent;
+  MemoryPlan plan(kGranule);
+  plan.add(&kept, "kept", {8}, DType::F64, "x");
+  {
+    MemoryPlan::Scope a(plan);
+    plan.add_rows(&first, "first", {1000, 8}, 64, DType::F64, "x");
+    plan.add_rows(&inner, "inner", {1000, 8}, 64, DType::F64, "x");
+  }
+  {
+    MemoryPlan::Scope b(plan);
+    plan.add_rows(&second, "second", {1000, 8}, 128, DType::F64, "x");
+  }
+  plan.commit(backend);
+  EXPECT_EQ(plan.by_component().at("workspace"), 2 * kGranule);
+  EXPECT_EQ(first.data, second.data);
+  EXPECT_EQ(backend.offset_of(inner), 17 * kGranule);
+  EXPECT_EQ(plan.resident_bytes(), 4 * kGranule) << "kept, two of the shared place, one of inner";
+  plan.ensure_rows(first, 128);
+  EXPECT_EQ(plan.growths(), 0) << "the second's are there";
+  plan.ensure_rows(absent, 7);
+  plan.ensure_rows(inner, 65);
+  EXPECT_EQ(backend.parts.back(), (std::pair{18 * kGranule, 19 * kGranule}));
+}
+
+TEST(GrowingRows, WithoutMemoryTheErrorSaysWhoNeedsWhat) {
+  PartsBackend backend;
+  Tensor rows;
+  MemoryPlan plan(kGranule, 3);
+  plan.add_rows(&rows, "layers.2.gate_up", {1000, 8}, 64, DType::F64, "x");
+  plan.commit(backend);
+  backend.left = 4 * kGranule;
+  plan.ensure_rows(rows, 320);  // 5 granules; the quarter would take one too many
+  EXPECT_EQ(backend.parts.back(), (std::pair{kGranule, 5 * kGranule}));
+  const std::int64_t resident = plan.resident_bytes();
+  try {
+    plan.ensure_rows(rows, 400);
+    FAIL() << "rows without memory";
+  } catch (const Error& error) {
+    const std::string text = error.what();
+    for (const char* part : {"layers.2.gate_up: rank 3 is sent 400 rows", "25600 bytes", "cannot get 8192",
+                             "moe.balance_loss", "batch.micro_batch_sequences", "parallel.load_limit"}) {
+      EXPECT_NE(text.find(part), std::string::npos) << part << " in: " << text;
+    }
+  }
+  EXPECT_EQ(plan.resident_bytes(), resident);
+  EXPECT_THROW(plan.ensure_rows(rows, 1001), Error);
+  MemoryPlan other(2 * kGranule);
+  EXPECT_THROW(other.commit(backend), Error) << "granules of another backend";
 }
 
 }  // namespace

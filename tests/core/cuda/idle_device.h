@@ -15,6 +15,10 @@ class IdleDevice : public DeviceRuntime {
   void release(void*, std::size_t) noexcept override {}
   void* allocate_shared(std::size_t) override { return nullptr; }
   void release_shared(void*, std::size_t) noexcept override {}
+  std::int64_t granule() const override { return 0; }
+  void* reserve(std::size_t) override { return nullptr; }
+  void map(void*, std::size_t) override {}
+  void release_reserved(void*, std::size_t) noexcept override {}
   Stream* main_stream() override { return nullptr; }
   bool finished(Stream*) override { return true; }
   void synchronize(Stream*) override {}
