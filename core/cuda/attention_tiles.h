@@ -175,7 +175,7 @@ struct AttentionTilesForward {
   Rows<const BFloat16> q, k, v;
   Rows<BFloat16> o;
   float* lse;     // null: not wanted
-  float* maxima;  // [blocks, kQueries], null: not wanted
+  float* maxima;  // of every block, null: not wanted
 
   static constexpr std::size_t kSharedBytes = (kQueries * D + Pairs::kElements) * sizeof(BFloat16);
 
@@ -241,12 +241,16 @@ struct AttentionTilesForward {
     for (int half = 0; half < 2; ++half) {
       total[half] = over_lanes<Plus>(total[half], 4);
       const std::int64_t i = block.first + row + lane / 4 + 8 * half;
-      if (lane % 4 != 0) continue;
-      if (i < shape.queries && lse != nullptr)
+      if (i >= shape.queries) {
+        top[half] = -INFINITY;
+      } else if (lane % 4 == 0 && lse != nullptr) {
         lse[block_y() * shape.queries + i] = top[half] * shape.scale + logf(total[half]);
-      if (maxima != nullptr)
-        maxima[(block_y() * grid_x() + block_x()) * kQueries + row + lane / 4 + 8 * half] =
-            i < shape.queries ? top[half] * shape.scale : -INFINITY;
+      }
+    }
+    if (maxima != nullptr) {
+      // Every warp is done with the queries' tile.
+      const float most = over_block<Larger>(Larger::of(top[0], top[1]), shared_memory<float>());
+      if (thread_index() == 0) maxima[block_y() * grid_x() + block_x()] = most * shape.scale;
     }
     write_rows<D>(sum, 1 / total[0], 1 / total[1], o, block.rows + block.first + row,
                   block.rows + shape.queries, column);
