@@ -1,5 +1,6 @@
 // Embedding, and LM head with cross-entropy. The embedding's gradient sorts the tokens by id, so that every
 // row of the table is summed by one block, in the order of the tokens.
+#include <algorithm>
 #include <cmath>
 
 #include "core/cuda/cuda_backend.h"
@@ -136,27 +137,48 @@ struct JoinRuns {
   }
 };
 
+// Reads of a thread that are under way together in a pass over logits: without, a row waits for memory most
+// of the time.
+constexpr int kHeadReads = 4;
+
 // A block per token: padding, the largest logit, the sum of exponentials.
+template <int W>
 struct HeadPartialKernel {
   static constexpr int kThreads = 512;
   Rows<float> logits;
   LocalRow target_row;
-  std::int64_t valid;  // columns that are real
+  int valid;  // columns that are real
   float *most, *sumexp, *target_logit;
 
   HYBRIDMOE_DEVICE void operator()() const {
-    const std::int64_t t = block_x(), columns = target_row.rows;
+    const std::int64_t t = block_x();
+    const int columns = static_cast<int>(target_row.rows), step = block_threads() * W, whole = valid / W * W;
     float* row = logits[t];
     float top = -INFINITY, sum = 0;
-    for (std::int64_t j = thread_index(); j < columns; j += block_threads()) {
-      if (j >= valid) {
-        row[j] = -INFINITY;
-        continue;
+    for (int j = thread_index() * W; j < whole; j += kHeadReads * step) {
+      Vector<float, W> v[kHeadReads];
+      HYBRIDMOE_UNROLL
+      for (int r = 0; r < kHeadReads; ++r) {
+        if (j + r * step < whole) {
+          v[r] = load<float, W>(row + j + r * step);
+        } else {
+          HYBRIDMOE_UNROLL
+          for (int i = 0; i < W; ++i) v[r].value[i] = -INFINITY;
+        }
       }
-      const float logit = row[j];
-      if (logit > top) sum *= expf(top - logit), top = logit;
-      sum += expf(logit - top);
+      float larger = top;
+      HYBRIDMOE_UNROLL
+      for (int i = 0; i < kHeadReads * W; ++i) larger = fmaxf(larger, v[i / W].value[i % W]);
+      if (larger > top) sum *= expf(top - larger), top = larger;
+      HYBRIDMOE_UNROLL
+      for (int i = 0; i < kHeadReads * W; ++i) sum += expf(v[i / W].value[i % W] - top);
     }
+    for (int j = whole + thread_index(); j < valid; j += block_threads()) {
+      const float larger = fmaxf(top, row[j]);
+      if (larger > top) sum *= expf(top - larger), top = larger;
+      sum += expf(row[j] - top);
+    }
+    for (int j = valid + thread_index(); j < columns; j += block_threads()) row[j] = -INFINITY;
     float* scratch = shared_memory<float>();
     const float largest = over_block<Larger>(top, scratch);
     sync_block();
@@ -219,10 +241,11 @@ struct HeadSumsKernel {
   }
 };
 
-// A block per token: the gradient of scale · loss in the place of the logits, or in C beside them.
-template <class C>
+// A block per token: the gradient of scale · loss in the place of the logits, or in C beside them, W at once.
+template <class C, int W>
 struct HeadGradientKernel {
-  static constexpr int kThreads = 512;
+  static constexpr int kThreads = 512, kRead = W < 4 ? W : 4, kParts = W / kRead;
+  static constexpr int kBatch = kHeadReads / kParts;
   Rows<const float> logits;
   LocalRow target_row;
   const std::int32_t* targets;
@@ -231,12 +254,37 @@ struct HeadGradientKernel {
   float scale;
 
   HYBRIDMOE_DEVICE void operator()() const {
-    const std::int64_t t = block_x(), columns = target_row.rows, target = target_row(t);
-    const bool counts = targets[t] >= 0;
+    const std::int64_t t = block_x();
+    const int columns = static_cast<int>(target_row.rows), target = static_cast<int>(target_row(t));
+    const int step = block_threads() * W;
+    const float* from = logits[t];
+    C* to = dlogits[t];
+    if (targets[t] < 0) {
+      for (int j = thread_index() * W; j < columns; j += step) store<C, W>(to + j, Vector<C, W>{});
+      return;
+    }
     const float top = most[t], share = 1 / sumexp[t];
-    for (std::int64_t j = thread_index(); j < columns; j += block_threads()) {
-      const float p = expf(logits[t][j] - top) * share;
-      dlogits[t][j] = rounded<C>(counts ? scale * (p - (j == target ? 1.0f : 0.0f)) : 0.0f);
+    for (int j = thread_index() * W; j < columns; j += kBatch * step) {
+      Vector<float, kRead> logit[kBatch][kParts];
+      HYBRIDMOE_UNROLL
+      for (int b = 0; b < kBatch; ++b) {
+        if (j + b * step >= columns) continue;
+        HYBRIDMOE_UNROLL
+        for (int part = 0; part < kParts; ++part)
+          logit[b][part] = load_once<float, kRead>(from + j + b * step + part * kRead);
+      }
+      HYBRIDMOE_UNROLL
+      for (int b = 0; b < kBatch; ++b) {
+        const int first = j + b * step;
+        if (first >= columns) continue;
+        Vector<C, W> gradient;
+        HYBRIDMOE_UNROLL
+        for (int i = 0; i < W; ++i) {
+          const float p = expf(logit[b][i / kRead].value[i % kRead] - top) * share;
+          gradient.value[i] = rounded<C>(scale * (p - (first + i == target ? 1.0f : 0.0f)));
+        }
+        store<C, W>(to + first, gradient);
+      }
     }
   }
 };
@@ -290,13 +338,17 @@ void CudaBackend::head_partial(const HeadPartial& op, Stream* stream) {
   if (tokens == 0) return;
   linear_forward({.x = op.h, .weight = op.weight, .y = op.logits}, stream);
   const LocalRow target_row{elements<const std::int32_t>(op.targets), op.first_row, columns};
-  launch(HeadPartialKernel{Rows<float>(op.logits), target_row, op.valid_rows - op.first_row,
-                           elements<float>(op.max), elements<float>(op.sumexp),
-                           elements<float>(op.target_logit)},
-         {.x = tokens,
-          .threads = threads_for(columns, HeadPartialKernel::kThreads),
-          .shared_bytes = kScratchBytes},
-         stream);
+  const auto valid = std::clamp<std::int64_t>(op.valid_rows - op.first_row, 0, columns);
+  const auto run = [&]<int W>(Constant<W>) {
+    using Kernel = HeadPartialKernel<W>;
+    launch(Kernel{Rows<float>(op.logits), target_row, static_cast<int>(valid), elements<float>(op.max),
+                  elements<float>(op.sumexp), elements<float>(op.target_logit)},
+           {.x = tokens,
+            .threads = threads_for(divide_up(columns, W), Kernel::kThreads),
+            .shared_bytes = kScratchBytes},
+           stream);
+  };
+  in_vectors(columns, {&op.logits}) ? run(Constant<4>()) : run(Constant<1>());
 }
 
 void CudaBackend::head_rescale(const HeadRescale& op, Stream* stream) {
@@ -319,13 +371,14 @@ void CudaBackend::head_finish(const HeadFinish& op, Stream* stream) {
          stream);
   if (op.dh.empty() && op.dweight.empty()) return;
   const Tensor& gradient = compute_type_ == DType::F32 ? op.logits : op.dlogits;
-  with_type(compute_type_, [&]<class C>(C) {
-    using Kernel = HeadGradientKernel<C>;
+  const bool vectors = in_vectors(columns, {&op.logits, &gradient});
+  with_vectors(compute_type_, vectors, [&]<class C, int W>(C, Constant<W>) {
+    using Kernel = HeadGradientKernel<C, W>;
     const LocalRow target_row{elements<const std::int32_t>(op.targets), op.first_row, columns};
     launch(Kernel{Rows<const float>(op.logits), target_row, elements<const std::int32_t>(op.targets),
                   elements<const float>(op.max), elements<const float>(op.sumexp), Rows<C>(gradient),
                   static_cast<float>(op.scale)},
-           {.x = tokens, .threads = threads_for(columns, Kernel::kThreads)}, stream);
+           {.x = tokens, .threads = threads_for(divide_up(columns, W), Kernel::kThreads)}, stream);
   });
   if (!op.dh.empty()) linear_backward_input({.dy = gradient, .weight = op.weight, .dx = op.dh}, stream);
   if (!op.dweight.empty()) {
