@@ -1,6 +1,6 @@
 // Causal grouped-query attention.
 #include "core/cuda/attention_rows.h"
-#include "core/cuda/attention_tiles.h"
+#include "core/cuda/attention_tiles_backward.h"
 #include "core/cuda/cuda_backend.h"
 #include "core/cuda/partials.h"
 
