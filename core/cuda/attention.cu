@@ -73,10 +73,12 @@ void CudaBackend::attention_backward(const AttentionBackward& op, Stream* stream
   const std::int64_t units = shape.batch * shape.heads * shape.queries;
   if (units == 0 || device_->attention_backward(op, stream)) return;
   auto *lse = elements<const float>(f.lse), *delta = elements<const float>(op.delta);
-  with_type(compute_type_, [&]<class C>(C) {
-    using Delta = AttentionDelta<C>;
-    launch(Delta{shape, Rows<const C>(f.o), Rows<const C>(op.do_), elements<float>(op.delta)},
-           {.x = divide_up(units, kAttentionWarps), .threads = Delta::kThreads}, stream);
+  const bool vectors = in_vectors(f.head_dim, {&f.o, &op.do_});
+  with_vectors(compute_type_, vectors, [&]<class C, int W>(C, Constant<W>) {
+    using Delta = AttentionDelta<C, W>;
+    const int lanes = Delta::lanes_for(shape.head_dim);
+    launch(Delta{shape, Rows<const C>(f.o), Rows<const C>(op.do_), elements<float>(op.delta), lanes},
+           {.x = divide_up(units, Delta::kThreads / lanes), .threads = Delta::kThreads}, stream);
   });
   const bool in_tiles = with_tiles(f, {&op.do_, &op.dq, &op.dk, &op.dv}, [&]<int D>(Constant<D>) {
     const Rows<const BFloat16> q(f.q), k(f.k), v(f.v), d_o(op.do_);
