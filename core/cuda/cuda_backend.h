@@ -75,9 +75,11 @@ class CudaBackend final : public Backend {
   void swiglu_forward(const SwigluForward&, Stream*) override;
   void swiglu_backward(const SwigluBackward&, Stream*) override;
 
-  // loss.cu
+  // embedding.cu
   void embedding_forward(const EmbeddingForward&, Stream*) override;
   void embedding_backward(const EmbeddingBackward&, Stream*) override;
+
+  // loss.cu
   void head_partial(const HeadPartial&, Stream*) override;
   void head_rescale(const HeadRescale&, Stream*) override;
   void head_finish(const HeadFinish&, Stream*) override;
