@@ -351,11 +351,11 @@ struct AttentionTilesForward {
     for (int t = 0; t < 2 * kTiles; ++t) {
       const float all = over_lanes<Plus>(total[t / 2][t % 2], 4);
       share[t / 2][t % 2] = 1 / all;
-      const std::int64_t i = block.first + row + lane / 4 + 8 * t;
-      if (i >= shape.queries) continue;
+      const int i = block.first + row + lane / 4 + 8 * t;
+      const bool inside = i < block.queries;
       const float most = top[t / 2][t % 2] * kLn2;
-      largest = Larger::of(largest, most);
-      if (lane % 4 == 0 && lse != nullptr) lse[block_y() * shape.queries + i] = most + logf(all);
+      largest = Larger::of(largest, inside ? most : -INFINITY);
+      if (inside && lane % 4 == 0 && lse != nullptr) lse[block_y() * shape.queries + i] = most + logf(all);
     }
     if (maxima != nullptr) {
       // Every warp is done with the queries' tile.
