@@ -82,7 +82,7 @@ HYBRIDMOE_DEVICE BFloat16 to_bfloat16(float value) {
 HYBRIDMOE_DEVICE std::uint32_t lanes_with(int value) { return __match_any_sync(0xffffffffu, value); }
 
 // 16 bytes of global into shared memory, under way until wait_for_copies; not `inside`: zeros, and nothing is
-// read from `from`, which may be beyond a tensor, but is an address of global memory all the same.
+// read from `from`, which may be beyond a tensor, but must be an address.
 HYBRIDMOE_DEVICE void start_copy_if(bool inside, void* to, const void* from) {
   const auto target = static_cast<unsigned>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(from), "r"(inside ? 16 : 0)
