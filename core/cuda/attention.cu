@@ -1,6 +1,6 @@
 // Causal grouped-query attention.
 #include "core/cuda/attention_rows.h"
-#include "core/cuda/attention_tiles.h"
+#include "core/cuda/attention_tiles_backward.h"
 #include "core/cuda/cuda_backend.h"
 #include "core/cuda/partials.h"
 
@@ -26,27 +26,32 @@ bool with_tiles(const AttentionForward& op, std::initializer_list<const Tensor*>
   }
 }
 
+// logit_max with the largest of maxima [rows, columns], whose first row it overwrites on the way: first over
+// the rows, which many blocks share, then over the columns, which one block has.
+void join_maxima(float* maxima, std::int64_t rows, std::int64_t columns, const Tensor& logit_max,
+                 Stream* stream) {
+  if (maxima == nullptr) return;
+  join_partials<Larger>(maxima + columns, rows - 1, columns, maxima, stream);
+  join_partials<Larger>(maxima, columns, 1, elements<double>(logit_max), stream);
+}
+
 }  // namespace
 
 void CudaBackend::attention_forward(const AttentionForward& op, Stream* stream) {
   const AttentionShape shape(op);
-  const std::int64_t units = shape.batch * shape.heads * shape.queries;
+  const std::int64_t rows = shape.batch * shape.heads, units = rows * shape.queries;
   if (units == 0) return;
+  // Of every query, or of every block of them.
   float* maxima = op.logit_max.empty() ? nullptr : workspace<float>(units, stream);
-  if (device_->attention_forward(op, maxima, stream)) {
-    if (maxima != nullptr) join_partials<Larger>(maxima, units, 1, elements<double>(op.logit_max), stream);
-    return;
-  }
-  std::int64_t count = units;
+  if (device_->attention_forward(op, maxima, stream))
+    return join_maxima(maxima, rows, shape.queries, op.logit_max, stream);
+  std::int64_t columns = shape.queries;
   const bool in_tiles = with_tiles(op, {}, [&]<int D>(Constant<D>) {
     using Kernel = AttentionTilesForward<D>;
-    const std::int64_t blocks = divide_up(shape.queries, Kernel::kQueries), rows = shape.batch * shape.heads;
-    count = blocks * rows * Kernel::kQueries;
-    if (maxima != nullptr)
-      maxima = workspace<float>(count, stream);  // a block's queries beyond the last as well
+    columns = divide_up(shape.queries, Kernel::kQueries);
     launch(Kernel{shape, Rows<const BFloat16>(op.q), Rows<const BFloat16>(op.k), Rows<const BFloat16>(op.v),
                   Rows<BFloat16>(op.o), elements<float>(op.lse), maxima},
-           {.x = blocks, .y = rows, .threads = Kernel::kThreads, .shared_bytes = Kernel::kSharedBytes},
+           {.x = columns, .y = rows, .threads = Kernel::kThreads, .shared_bytes = Kernel::kSharedBytes},
            stream);
   });
   if (!in_tiles)
@@ -59,7 +64,7 @@ void CudaBackend::attention_forward(const AttentionForward& op, Stream* stream) 
               .shared_bytes = WarpVectors::bytes(2, shape.head_dim)},
              stream);
     });
-  if (maxima != nullptr) join_partials<Larger>(maxima, count, 1, elements<double>(op.logit_max), stream);
+  join_maxima(maxima, rows, columns, op.logit_max, stream);
 }
 
 void CudaBackend::attention_backward(const AttentionBackward& op, Stream* stream) {
@@ -68,10 +73,12 @@ void CudaBackend::attention_backward(const AttentionBackward& op, Stream* stream
   const std::int64_t units = shape.batch * shape.heads * shape.queries;
   if (units == 0 || device_->attention_backward(op, stream)) return;
   auto *lse = elements<const float>(f.lse), *delta = elements<const float>(op.delta);
-  with_type(compute_type_, [&]<class C>(C) {
-    using Delta = AttentionDelta<C>;
-    launch(Delta{shape, Rows<const C>(f.o), Rows<const C>(op.do_), elements<float>(op.delta)},
-           {.x = divide_up(units, kAttentionWarps), .threads = Delta::kThreads}, stream);
+  const bool vectors = in_vectors(f.head_dim, {&f.o, &op.do_});
+  with_vectors(compute_type_, vectors, [&]<class C, int W>(C, Constant<W>) {
+    using Delta = AttentionDelta<C, W>;
+    const int lanes = Delta::lanes_for(shape.head_dim);
+    launch(Delta{shape, Rows<const C>(f.o), Rows<const C>(op.do_), elements<float>(op.delta), lanes},
+           {.x = divide_up(units, Delta::kThreads / lanes), .threads = Delta::kThreads}, stream);
   });
   const bool in_tiles = with_tiles(f, {&op.do_, &op.dq, &op.dk, &op.dv}, [&]<int D>(Constant<D>) {
     const Rows<const BFloat16> q(f.q), k(f.k), v(f.v), d_o(op.do_);

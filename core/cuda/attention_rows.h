@@ -122,23 +122,37 @@ struct AttentionRowsForward {
   }
 };
 
-// delta [batch, heads, queries] = do · o.
-template <class C>
+// delta [batch, heads, queries] = do · o, each by neighbouring lanes of a warp.
+template <class C, int W>
 struct AttentionDelta {
-  static constexpr int kThreads = kAttentionWarps * kWarp;
+  static constexpr int kThreads = 256;
   AttentionShape shape;
   Rows<const C> o, d_o;
   float* delta;
+  int lanes;  // of a query and head: a power of two
 
+  static int lanes_for(int head_dim) {
+    int lanes = 1;
+    while (lanes < kWarp && lanes * W < head_dim) lanes *= 2;
+    return lanes;
+  }
   HYBRIDMOE_DEVICE void operator()() const {
-    const WarpQuery query(shape);
-    if (!query.active) return;
-    const int lane = thread_index() % kWarp, width = shape.head_dim, column = query.head * width;
+    const int lane = thread_index() & (lanes - 1), queries = static_cast<int>(shape.queries);
+    const std::int64_t statistic = block_x() * (kThreads / lanes) + thread_index() / lanes;
+    const bool active = statistic < shape.batch * shape.heads * shape.queries;
     float sum = 0;
-    for (int i = lane; i < width; i += kWarp)
-      sum += to_float(o[query.row][column + i]) * to_float(d_o[query.row][column + i]);
-    sum = warp_sum(sum);
-    if (lane == 0) delta[query.statistic] = sum;
+    if (active) {
+      const int i = static_cast<int>(statistic) % queries, sequence = static_cast<int>(statistic) / queries;
+      const std::int64_t row = std::int64_t{sequence / shape.heads} * queries + i;
+      const int column = sequence % shape.heads * shape.head_dim;
+      for (int at = lane * W; at < shape.head_dim; at += lanes * W) {
+        const Vector<C, W> a = load<C, W>(o[row] + column + at), b = load<C, W>(d_o[row] + column + at);
+        HYBRIDMOE_UNROLL
+        for (int j = 0; j < W; ++j) sum += to_float(a.value[j]) * to_float(b.value[j]);
+      }
+    }
+    sum = over_lanes<Plus>(sum, lanes);
+    if (active && lane == 0) delta[statistic] = sum;
   }
 };
 

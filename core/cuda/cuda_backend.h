@@ -91,9 +91,11 @@ class CudaBackend final : public Backend {
   void pack_choices(const PackChoices&, Stream*) override;
   void combine_scalars(const CombineScalars&, Stream*) override;
 
-  // loss.cu
+  // embedding.cu
   void embedding_forward(const EmbeddingForward&, Stream*) override;
   void embedding_backward(const EmbeddingBackward&, Stream*) override;
+
+  // loss.cu
   void head_partial(const HeadPartial&, Stream*) override;
   void head_rescale(const HeadRescale&, Stream*) override;
   void head_finish(const HeadFinish&, Stream*) override;

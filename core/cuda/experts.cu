@@ -38,10 +38,10 @@ struct GatherRowsKernel {
   }
 };
 
-// A warp per token.
+// A warp per token; kBatch rows are on their way to a lane at once.
 template <class C, int W>
 struct CombineRowsKernel {
-  static constexpr int kThreads = 256;
+  static constexpr int kThreads = 256, kBatch = 4;
   Rows<const C> rows;
   const std::int32_t* token_slots;
   const float* weights;
@@ -60,13 +60,24 @@ struct CombineRowsKernel {
         HYBRIDMOE_UNROLL
         for (int j = 0; j < W; ++j) sum[j] = to_float(v.value[j]);
       }
-      for (std::int64_t c = t * k; c < (t + 1) * k; ++c) {
-        const std::int32_t slot = token_slots[c];
-        if (slot < 0) continue;
-        const float weight = weights != nullptr ? weights[c] : 1.0f;
-        const Vector<C, W> v = load_once<C, W>(rows[slot] + i * W);
+      for (std::int32_t c = 0; c < k; c += kBatch) {
+        std::int32_t slot[kBatch];
+        float weight[kBatch];
+        Vector<C, W> v[kBatch];
         HYBRIDMOE_UNROLL
-        for (int j = 0; j < W; ++j) sum[j] += weight * to_float(v.value[j]);
+        for (int b = 0; b < kBatch; ++b) {
+          slot[b] = c + b < k ? token_slots[t * k + c + b] : -1;
+          weight[b] = weights != nullptr && c + b < k ? weights[t * k + c + b] : 1.0f;
+        }
+        HYBRIDMOE_UNROLL
+        for (int b = 0; b < kBatch; ++b)
+          if (slot[b] >= 0) v[b] = load_once<C, W>(rows[slot[b]] + i * W);
+        HYBRIDMOE_UNROLL
+        for (int b = 0; b < kBatch; ++b) {
+          if (slot[b] < 0) continue;
+          HYBRIDMOE_UNROLL
+          for (int j = 0; j < W; ++j) sum[j] += weight[b] * to_float(v[b].value[j]);
+        }
       }
       Vector<C, W> result;
       HYBRIDMOE_UNROLL
@@ -98,6 +109,8 @@ void take_scalars(const Tensor& source, const Tensor& index, const Tensor& targe
          {.x = divide_up(count, TakeScalars::kThreads), .threads = TakeScalars::kThreads}, stream);
 }
 
+// A warp per row. What bf16 does not show is computed by approximate instructions: precise ones would take
+// longer than the memory.
 template <class C, int W>
 struct SwigluForwardKernel {
   static constexpr int kThreads = 256;
@@ -106,17 +119,25 @@ struct SwigluForwardKernel {
   std::int64_t n, hidden;
 
   HYBRIDMOE_DEVICE void operator()() const {
-    const std::int64_t per_row = hidden / W, index = block_x() * block_threads() + thread_index();
-    const std::int64_t t = index / per_row, i = index % per_row * W;
+    const std::int64_t t = block_x() * (block_threads() / kWarp) + thread_index() / kWarp;
     if (t >= n) return;
-    const Vector<C, W> gate = load_once<C, W>(gate_up[t] + i), up = load_once<C, W>(gate_up[t] + hidden + i);
-    Vector<C, W> result;
-    HYBRIDMOE_UNROLL
-    for (int j = 0; j < W; ++j) {
-      const float g = to_float(gate.value[j]);
-      result.value[j] = rounded<C>(g * logistic(g) * to_float(up.value[j]));
+    const C *gates = gate_up[t], *ups = gates + hidden;
+    for (int i = thread_index() % kWarp * W; i < hidden; i += kWarp * W) {
+      const Vector<C, W> gate = load_once<C, W>(gates + i), up = load_once<C, W>(ups + i);
+      Vector<C, W> result;
+      HYBRIDMOE_UNROLL
+      for (int j = 0; j < W; ++j) {
+        const float g = to_float(gate.value[j]);
+        const float s = sizeof(C) < sizeof(float) ? fast_logistic(g) : logistic(g);
+        result.value[j] = rounded<C>(g * s * to_float(up.value[j]));
+      }
+      store<C, W>(a[t] + i, result);
     }
-    store<C, W>(a[t] + i, result);
+  }
+
+ private:
+  static HYBRIDMOE_DEVICE float fast_logistic(float x) {
+    return fast_reciprocal(1 + power_of_two(-1.4426950408889634f * x));
   }
 };
 
@@ -208,7 +229,7 @@ void CudaBackend::swiglu_forward(const SwigluForward& op, Stream* stream) {
   with_vectors(compute_type_, in_vectors(hidden, {&op.gate_up, &op.a}), [&]<class C, int W>(C, Constant<W>) {
     using Kernel = SwigluForwardKernel<C, W>;
     launch(Kernel{Rows<const C>(op.gate_up), Rows<C>(op.a), n, hidden},
-           {.x = divide_up(n * (hidden / W), Kernel::kThreads), .threads = Kernel::kThreads}, stream);
+           {.x = divide_up(n, Kernel::kThreads / kWarp), .threads = Kernel::kThreads}, stream);
   });
 }
 

@@ -9,30 +9,31 @@
 namespace hybridmoe::cuda {
 
 // Sums, or takes the largest of, `parts` rows of `columns` values, `stride` apart, and joins the result with
-// target. A block has kWarp columns; its warps take turns at the rows.
+// target. A block has kWarp columns; its warps take turns at the rows. Where there are fewer columns the
+// lanes of a warp share them, and take turns as well: one column is read by every thread.
 template <class Op, class T, class Target>
 struct JoinPartials {
   static constexpr int kThreads = 512;
   const T* partial;
   std::int64_t stride, parts, columns;
+  int width;  // lanes that have different columns, a power of two
   Target* target;
 
   HYBRIDMOE_DEVICE void operator()() const {
-    T* sums = shared_memory<T>();  // [warps][kWarp]
+    T* sums = shared_memory<T>();  // [warps][width]
     const int lane = thread_index() % kWarp, warp = thread_index() / kWarp, warps = block_threads() / kWarp;
-    const std::int64_t column = block_x() * kWarp + lane;
-    T sum = {};
-    bool first = true;
-    for (std::int64_t part = warp; part < parts && column < columns; part += warps) {
-      const T value = partial[part * stride + column];
-      sum = first ? value : Op::of(sum, value);
-      first = false;
+    const std::int64_t column = block_x() * kWarp + lane % width;
+    T sum = Op::template nothing<T>();
+    if (column < columns) {
+      const std::int64_t step = block_threads() / width;
+      for (std::int64_t part = thread_index() / width; part < parts; part += step)
+        sum = Op::of(sum, partial[part * stride + column]);
     }
-    sums[thread_index()] = sum;
+    for (int mask = kWarp / 2; mask >= width; mask /= 2) sum = Op::of(sum, shuffle_xor(sum, mask));
+    if (lane < width) sums[warp * width + lane] = sum;
     sync_block();
-    if (warp != 0 || column >= columns) return;
-    const int filled = parts < warps ? static_cast<int>(parts) : warps;
-    for (int other = 1; other < filled; ++other) sum = Op::of(sum, sums[other * kWarp + lane]);
+    if (warp != 0 || lane >= width || column >= columns) return;
+    for (int other = 1; other < warps; ++other) sum = Op::of(sum, sums[other * width + lane]);
     target[column] = static_cast<Target>(Op::of(static_cast<T>(target[column]), sum));
   }
 };
@@ -41,8 +42,10 @@ template <class Op, class T, class Target>
 void join_strided(const T* partial, std::int64_t stride, std::int64_t parts, std::int64_t columns,
                   Target* target, Stream* stream) {
   if (parts == 0 || columns == 0) return;
-  const int threads = threads_for(parts * kWarp, JoinPartials<Op, T, Target>::kThreads);
-  launch(JoinPartials<Op, T, Target>{partial, stride, parts, columns, target},
+  int width = 1;
+  while (width < columns && width < kWarp) width *= 2;
+  const int threads = threads_for(parts * width, JoinPartials<Op, T, Target>::kThreads);
+  launch(JoinPartials<Op, T, Target>{partial, stride, parts, columns, width, target},
          {.x = divide_up(columns, kWarp), .threads = threads, .shared_bytes = threads * sizeof(T)}, stream);
 }
 

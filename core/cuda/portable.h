@@ -19,10 +19,12 @@
 #include <cuda_bf16.h>
 #define HYBRIDMOE_DEVICE __device__ __forceinline__
 #define HYBRIDMOE_UNROLL _Pragma("unroll")
+#define HYBRIDMOE_ROLLED _Pragma("unroll 1")
 #else
 #include "core/cuda/host_executor.h"
 #define HYBRIDMOE_DEVICE inline
 #define HYBRIDMOE_UNROLL
+#define HYBRIDMOE_ROLLED
 #endif
 
 namespace hybridmoe::cuda {
@@ -42,6 +44,11 @@ HYBRIDMOE_DEVICE int block_threads() { return static_cast<int>(blockDim.x); }
 HYBRIDMOE_DEVICE std::int64_t block_x() { return blockIdx.x; }
 HYBRIDMOE_DEVICE std::int64_t block_y() { return blockIdx.y; }
 HYBRIDMOE_DEVICE std::int64_t grid_x() { return gridDim.x; }
+// The same value, but what is computed from it within a loop does not wait in registers outside of the loop.
+HYBRIDMOE_DEVICE int computed_again(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 HYBRIDMOE_DEVICE void sync_block() { __syncthreads(); }
 HYBRIDMOE_DEVICE void sync_warp() { __syncwarp(); }
 
@@ -74,14 +81,16 @@ HYBRIDMOE_DEVICE BFloat16 to_bfloat16(float value) {
 // Bit l: lane l has the same value.
 HYBRIDMOE_DEVICE std::uint32_t lanes_with(int value) { return __match_any_sync(0xffffffffu, value); }
 
-// 16 bytes of global into shared memory, under way until wait_for_copies; null: zeros.
-HYBRIDMOE_DEVICE void start_copy(void* to, const void* from) {
+// 16 bytes of global into shared memory, under way until wait_for_copies; not `inside`: zeros, and nothing is
+// read from `from`, which may be beyond a tensor, but must be an address.
+HYBRIDMOE_DEVICE void start_copy_if(bool inside, void* to, const void* from) {
   const auto target = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  const int bytes = from == nullptr ? 0 : 16;
-  // A copy of 0 bytes fills up with zeros; its source must be an address all the same.
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target),
-               "l"(from == nullptr ? to : from), "r"(bytes)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(from), "r"(inside ? 16 : 0)
                : "memory");
+}
+// null: zeros.
+HYBRIDMOE_DEVICE void start_copy(void* to, const void* from) {
+  start_copy_if(from != nullptr, to, from == nullptr ? to : from);
 }
 HYBRIDMOE_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kLeft>
@@ -122,7 +131,15 @@ HYBRIDMOE_DEVICE std::uint32_t packed(float first, float second) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
   return *reinterpret_cast<const std::uint32_t*>(&pair);
 }
-HYBRIDMOE_DEVICE float power_of_two(float exponent) { return exp2f(exponent); }
+// To two units in the last place; below 2^-126 it is 0, which saves the two instructions for such numbers.
+HYBRIDMOE_DEVICE float power_of_two(float exponent) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(exponent));
+  return power;
+}
+
+// To two units in the last place; of a value above 2^126 it is 0.
+HYBRIDMOE_DEVICE float fast_reciprocal(float value) { return __fdividef(1.0f, value); }
 
 // A line of 128 bytes on its way to the L2 cache.
 HYBRIDMOE_DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
@@ -153,6 +170,7 @@ HYBRIDMOE_DEVICE int block_threads() { return host::block_threads(); }
 HYBRIDMOE_DEVICE std::int64_t block_x() { return host::block_x(); }
 HYBRIDMOE_DEVICE std::int64_t block_y() { return host::block_y(); }
 HYBRIDMOE_DEVICE std::int64_t grid_x() { return host::grid_x(); }
+HYBRIDMOE_DEVICE int computed_again(int value) { return value; }
 HYBRIDMOE_DEVICE void sync_block() { host::sync_block(); }
 HYBRIDMOE_DEVICE void sync_warp() {
   const char nothing = 0;
@@ -186,6 +204,9 @@ HYBRIDMOE_DEVICE std::uint32_t ballot(bool yes) {
 HYBRIDMOE_DEVICE int bits_set(std::uint32_t word) { return __builtin_popcount(word); }
 
 HYBRIDMOE_DEVICE void start_copy(void* to, const void* from) { host::start_copy(to, from, 16); }
+HYBRIDMOE_DEVICE void start_copy_if(bool inside, void* to, const void* from) {
+  start_copy(to, inside ? from : nullptr);
+}
 HYBRIDMOE_DEVICE void commit_copies() { host::commit_copies(); }
 template <int kLeft>
 HYBRIDMOE_DEVICE void wait_for_copies() {
@@ -218,6 +239,7 @@ HYBRIDMOE_DEVICE std::uint32_t packed(float first, float second) {
   return BFloat16(first).bits | static_cast<std::uint32_t>(BFloat16(second).bits) << 16;
 }
 HYBRIDMOE_DEVICE float power_of_two(float exponent) { return __builtin_exp2f(exponent); }
+HYBRIDMOE_DEVICE float fast_reciprocal(float value) { return 1.0f / value; }
 // Reads, so that memory which is not there is noticed: a GPU would say nothing.
 HYBRIDMOE_DEVICE void prefetch(const void* from) {
   static_cast<void>(*static_cast<const volatile char*>(from));

@@ -161,6 +161,14 @@ void add_attention(Cases& cases) {
        .queries = 70,
        .keys = 70,
        .gap = 128},
+      {.name = "documents_128_wide",
+       .batch = 2,
+       .heads = 2,
+       .kv_heads = 1,
+       .head_dim = 128,
+       .queries = 300,
+       .keys = 300,
+       .document = 90},
       {.name = "sharp",
        .batch = 1,
        .heads = 1,
@@ -181,6 +189,9 @@ void add_attention(Cases& cases) {
   s.name = "appending", s.queries = 9, s.first_query = 64;
   cases.push_back(attention_forward(s));
   s.name = "appending_documents_strided", s.document = 17, s.gap = 8;
+  cases.push_back(attention_forward(s));
+  s.name = "appending_64_wide", s.head_dim = 64, s.queries = 140, s.keys = 300, s.first_query = 151;
+  s.document = 100;
   cases.push_back(attention_forward(s));
 }
 

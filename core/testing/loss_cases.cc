@@ -178,7 +178,9 @@ void add_loss(Cases& cases) {
   const HeadShape one{"one_row", 1, 64, 17, 0, 17, 0};
   const HeadShape none{"no_rows", 0, 8, 12, 0, 12};
   const HeadShape sharp{"sharp", 6, 48, 100, 0, 100, 4, true, true, 20};
-  for (const HeadShape& s : {odd, padded, part, one, none, sharp}) {
+  // More columns than the threads of a block read at once.
+  const HeadShape wide{"many_columns", 3, 8, 9000, 0, 8995, 3};
+  for (const HeadShape& s : {odd, padded, part, one, none, sharp, wide}) {
     cases.push_back(head_partial(s));
     cases.push_back(head_finish(s));
   }
