@@ -12,6 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "core/bfloat16.h"
 
@@ -239,7 +240,19 @@ HYBRIDMOE_DEVICE Vector<T, W> load(const T* from) {
 }
 template <class T, int W>
 HYBRIDMOE_DEVICE void store(T* to, const Vector<T, W>& value) {
-  *reinterpret_cast<Vector<T, W>*>(to) = value;
+  if constexpr (std::is_same_v<T, BFloat16> && W > 1) {
+    // As one word: of a vector, and of a struct of words, nvcc may write element after element.
+    __extension__ typedef unsigned __int128 Longest;
+    using Long = std::conditional_t<W == 4, std::uint64_t, Longest>;
+    using Word = std::conditional_t<W == 2, std::uint32_t, Long>;
+    static_assert(sizeof(Word) == sizeof value);
+    Word word = 0;
+    HYBRIDMOE_UNROLL
+    for (int j = 0; j < W; ++j) word |= static_cast<Word>(value.value[j].bits) << (16 * j);
+    *reinterpret_cast<Word*>(to) = word;
+  } else {
+    *reinterpret_cast<Vector<T, W>*>(to) = value;
+  }
 }
 
 HYBRIDMOE_DEVICE float reciprocal_root(float value) { return 1.0f / sqrtf(value); }
