@@ -124,7 +124,10 @@ struct GateRule {
     if (sigmoid || renormalize) factor = (sigmoid ? scale : 1.0f) / chosen_sum(probs, topk);
     for (int j = lane; j < top_k; j += kWarp) weights[j] = probs[topk[j]] * factor;
     if (lane == 0) *lse_out = lse;
-    if (sums.counts == nullptr) return;
+    if (sums.counts == nullptr) {
+      sync_warp();  // the scratch is used again
+      return;
+    }
     float entropy = 0;
     for (int e = lane; e < experts; e += kWarp) {
       const float p = probs[e] / score_sum;
