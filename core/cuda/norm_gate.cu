@@ -143,7 +143,6 @@ struct NormGateBackwardKernel {
     float* dgain = upstream + d;
     float *logits = dgain + d, *p = logits + experts, *dl = p + experts, *loads = dl + experts;
     float* scratch = loads + experts;
-    // From host memory, once.
     for (int e = thread_index(); e < experts; e += block_threads()) loads[e] = static_cast<float>(counts[e]);
     // Element j of vector i lies at j * d / W + i: neighbouring threads use neighbouring banks.
     const std::int64_t columns = d / W;
@@ -291,15 +290,21 @@ void CudaBackend::norm_gate_backward(const NormGateBackward& op, Stream* stream)
   const bool norm = !f.gain.empty(), sigmoid = f.rule.scores == RouterScores::Sigmoid;
   const bool vectors = in_vectors(d, {&y, &sum, &f.gain, &f.router, &op.dy, &op.skip, &op.dsum});
   const GateRule rule(f.rule, f.router, f.bias);
-  // Of the workspace: dgain by blocks, logits, the rounded gradients of the logits. Products use none of it.
-  const std::int64_t blocks = row_parts(n, 4), all = n * experts;
+  // Of the workspace: dgain by blocks, logits, the rounded gradients of the logits, the counts. Products use
+  // none of it.
+  std::int64_t blocks = row_parts(n, 4);
+  const std::int64_t all = n * experts;
   const std::int64_t partial_words = norm ? divide_up(blocks * d, 4) * 4 : 0,
                      logit_words = divide_up(all, 4) * 4;
-  auto* partial = workspace<float>(partial_words + 2 * logit_words, stream);
+  auto* partial = workspace<float>(partial_words + 2 * logit_words + 2 * experts, stream);
   const Tensor logits(partial + partial_words, DType::F32, {n, experts}, device());
   const Tensor dlogits(partial + partial_words + logit_words, compute_type_, {n, experts}, device());
+  // From host memory once, not by every block.
+  const Tensor counts(partial + partial_words + 2 * logit_words, DType::F64, {experts}, device());
+  copy(op.balance_counts, counts, stream);
   const bool in_tiles = with_gate_tiles(compute_type_, vectors, d, experts, [&]<int E>(Constant<E>) {
     using Kernel = GateTilesBackward<E>;
+    blocks = std::min(blocks, divide_up(n, kGateTokens));
     // A sigmoid loses what its logit was near 1.
     if (sigmoid) linear_forward({.x = y, .weight = f.router, .y = logits}, stream);
     launch(Kernel{Rows<const BFloat16>(sum),
@@ -313,7 +318,7 @@ void CudaBackend::norm_gate_backward(const NormGateBackward& op, Stream* stream)
                   Rows<const std::int32_t>(f.topk),
                   Rows<const float>(f.weights),
                   Rows<const float>(op.dweights),
-                  elements<const double>(op.balance_counts),
+                  elements<const double>(counts),
                   static_cast<float>(op.balance_scale),
                   static_cast<float>(op.z_scale),
                   Rows<const BFloat16>(op.dy),
@@ -341,7 +346,7 @@ void CudaBackend::norm_gate_backward(const NormGateBackward& op, Stream* stream)
                     Rows<const std::int32_t>(f.topk),
                     Rows<const float>(f.weights),
                     Rows<const float>(op.dweights),
-                    elements<const double>(op.balance_counts),
+                    elements<const double>(counts),
                     static_cast<float>(op.balance_scale),
                     static_cast<float>(op.z_scale),
                     Rows<const C>(op.dy),
