@@ -30,9 +30,8 @@ void CudaBackend::synchronize(Stream* stream) {
   device_->synchronize(stream);
 }
 
-std::int64_t CudaBackend::row_parts(std::int64_t n, std::int64_t least) const {
-  constexpr std::int64_t kPerProcessor = 4;
-  return std::clamp<std::int64_t>(n / least, 1, kPerProcessor * device_->processors());
+std::int64_t CudaBackend::row_parts(std::int64_t n, std::int64_t least, int per_processor) const {
+  return std::clamp<std::int64_t>(n / least, 1, per_processor * device_->processors());
 }
 
 }  // namespace hybridmoe::cuda
