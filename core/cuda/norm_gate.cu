@@ -71,7 +71,7 @@ struct NormGateForwardKernel {
   float* lse;
   Rows<std::int32_t> topk;
   Rows<float> weights;
-  double* partial;  // [blocks, 2 E] counts and sums of probabilities, [blocks, kRouterSums], [blocks] maxima
+  double* partial;  // [blocks, 2 E + GateSums::kExtra]; null: no statistics
   std::int64_t n, d;
   float eps;
 
@@ -106,12 +106,11 @@ struct NormGateForwardKernel {
       sync_block();
     }
     if (partial == nullptr) return;
+    double* joined = partial + block_x() * (2 * experts + GateSums::kExtra);
     for (int e = thread_index(); e < 2 * experts; e += block_threads())
-      partial[block_x() * 2 * experts + e] = static_cast<double>(memory.sums.counts[e]);
-    double* rest = partial + grid_x() * 2 * experts;
-    if (thread_index() < kRouterSums)
-      rest[block_x() * kRouterSums + thread_index()] = memory.sums.sums[thread_index()];
-    if (thread_index() == 0) rest[grid_x() * kRouterSums + block_x()] = memory.sums.sums[kRouterSums];
+      joined[e] = static_cast<double>(memory.sums.counts[e]);
+    if (thread_index() < GateSums::kExtra)
+      joined[2 * experts + thread_index()] = memory.sums.sums[thread_index()];
   }
 };
 
@@ -241,10 +240,11 @@ void CudaBackend::norm_gate_forward(const NormGateForward& op, Stream* stream) {
   const bool statistics = !op.counts.empty();
   const bool vectors = in_vectors(d, {&op.x, &op.branch, &op.gain, &op.router, &op.sum, &op.y});
   const GateRule rule(op.rule, op.router, op.bias);
+  const std::int64_t columns = 2 * experts + GateSums::kExtra;
   double* partial = nullptr;
   std::int64_t blocks = divide_up(n, kGateTokens);
   const auto allocate = [&] {
-    if (statistics) partial = workspace<double>(blocks * (2 * experts + GateSums::kExtra), stream);
+    if (statistics) partial = workspace<double>(blocks * columns, stream);
   };
   const bool in_tiles = with_gate_tiles(compute_type_, vectors, d, experts, [&]<int E>(Constant<E>) {
     using Kernel = GateTilesForward<E>;
@@ -274,12 +274,13 @@ void CudaBackend::norm_gate_forward(const NormGateForward& op, Stream* stream) {
              stream);
     });
   if (!statistics) return;
-  // counts and prob_sum lie side by side in the partial sums only.
-  join_strided<Plus>(partial, 2 * experts, blocks, experts, elements<double>(op.counts), stream);
-  join_strided<Plus>(partial + experts, 2 * experts, blocks, experts, elements<double>(op.prob_sum), stream);
-  const double* rest = partial + blocks * 2 * experts;
-  join_partials<Plus>(rest, blocks, kRouterSums, elements<double>(op.sums), stream);
-  join_partials<Larger>(rest + blocks * kRouterSums, blocks, 1, elements<double>(op.logit_max), stream);
+  launch(
+      JoinGateSums{partial, blocks, rule.experts, elements<double>(op.counts), elements<double>(op.prob_sum),
+                   elements<double>(op.sums), elements<double>(op.logit_max)},
+      {.x = divide_up(columns, kWarp),
+       .threads = JoinGateSums::kThreads,
+       .shared_bytes = JoinGateSums::shared_bytes()},
+      stream);
 }
 
 void CudaBackend::norm_gate_backward(const NormGateBackward& op, Stream* stream) {

@@ -42,6 +42,7 @@ struct GateWeights {
 template <int kExperts>
 struct GateTilesForward {
   static constexpr int kThreads = kGateWarps * kWarp;
+  static constexpr int kBlocksPerProcessor = 2;
   Rows<const BFloat16> x, branch;
   const BFloat16* gain;
   Rows<const BFloat16> router;
@@ -159,23 +160,7 @@ struct GateTilesForward {
         logits[of * kExperts + column + 8 * e + 2 * (lane % 4) + i % 2] = product[e][i] * scales[of];
       }
     }
-    // What this thread has just written, or x, is still in a cache.
-    for (int chunk = 0; chunk < chunks && y.given(); ++chunk) {
-      const std::int64_t at = chunk * kGateChunk + place.chunk * W;
-      HYBRIDMOE_UNROLL
-      for (int u = 0; u < U; ++u) {
-        const std::int64_t t = first + place.row[u];
-        if (t >= n) continue;
-        Vector<BFloat16, W> v = load<BFloat16, W>((sum.given() ? sum[t] : x[t]) + at);
-        if (gain != nullptr) {
-          const Vector<BFloat16, W> g = load<BFloat16, W>(gain + at);
-          HYBRIDMOE_UNROLL
-          for (int j = 0; j < W; ++j)
-            v.value[j] = to_bfloat16(to_float(v.value[j]) * scales[place.row[u]] * to_float(g.value[j]));
-        }
-        store<BFloat16, W>(y[t] + at, v);
-      }
-    }
+    if (y.given()) write_normed(scales);
     sync_block();
     for (int token = warp; token < kGateTokens && first + token < n; token += kGateWarps) {
       const std::int64_t t = first + token;
@@ -184,22 +169,54 @@ struct GateTilesForward {
     }
     if (partial == nullptr) return;
     sync_block();
+    double* joined = partial + block_x() * (2 * experts + GateSums::kExtra);
     for (int e = thread_index(); e < 2 * experts; e += block_threads()) {
       float total = 0;
       for (int w = 0; w < kGateWarps; ++w) total += scratch[w * 4 * experts + e];
-      partial[block_x() * 2 * experts + e] = static_cast<double>(total);
+      joined[e] = static_cast<double>(total);
     }
-    double* rest = partial + grid_x() * 2 * experts;
     if (thread_index() < GateSums::kExtra) {
       double total = all_sums[thread_index()];
-      for (int w = 1; w < kGateWarps; ++w) {
-        const double more = all_sums[w * GateSums::kExtra + thread_index()];
-        total = thread_index() == kRouterSums ? Larger::of(total, more) : total + more;
+      for (int w = 1; w < kGateWarps; ++w)
+        total = GateSums::join(thread_index() == kRouterSums, total,
+                               all_sums[w * GateSums::kExtra + thread_index()]);
+      joined[2 * experts + thread_index()] = total;
+    }
+  }
+
+ private:
+  // y = sum, which this thread has just written, or x, times the rows' scales and the gain; the last chunks
+  // first: they are the likeliest to be in a cache.
+  HYBRIDMOE_DEVICE void write_normed(const float* scales) const {
+    constexpr int W = GatePlace::kWidth, U = GatePlace::kVectors, kAtOnce = 2;
+    const GatePlace place;
+    const std::int64_t first = block_x() * kGateTokens;
+    for (auto last = static_cast<int>(d / kGateChunk) - 1; last >= 0; last -= kAtOnce) {
+      Vector<BFloat16, W> value[kAtOnce][U];
+      HYBRIDMOE_UNROLL
+      for (int c = 0; c < kAtOnce; ++c) {
+        HYBRIDMOE_UNROLL
+        for (int u = 0; u < U; ++u) {
+          const std::int64_t t = first + place.row[u], at = (last - c) * kGateChunk + place.chunk * W;
+          if (t < n && at >= 0) value[c][u] = load<BFloat16, W>((sum.given() ? sum[t] : x[t]) + at);
+        }
       }
-      if (thread_index() == kRouterSums) {
-        rest[grid_x() * kRouterSums + block_x()] = total;
-      } else {
-        rest[block_x() * kRouterSums + thread_index()] = total;
+      HYBRIDMOE_UNROLL
+      for (int c = 0; c < kAtOnce; ++c) {
+        const std::int64_t at = (last - c) * kGateChunk + place.chunk * W;
+        if (at < 0) continue;
+        Vector<BFloat16, W> g = {};
+        if (gain != nullptr) g = load<BFloat16, W>(gain + at);
+        HYBRIDMOE_UNROLL
+        for (int u = 0; u < U; ++u) {
+          const std::int64_t t = first + place.row[u];
+          if (t >= n) continue;
+          Vector<BFloat16, W> v = value[c][u];
+          HYBRIDMOE_UNROLL
+          for (int j = 0; gain != nullptr && j < W; ++j)
+            v.value[j] = to_bfloat16(to_float(v.value[j]) * scales[place.row[u]] * to_float(g.value[j]));
+          store<BFloat16, W>(y[t] + at, v);
+        }
       }
     }
   }
@@ -208,6 +225,7 @@ struct GateTilesForward {
 template <int kExperts>
 struct GateTilesBackward {
   static constexpr int kThreads = kGateWarps * kWarp;
+  static constexpr int kBlocksPerProcessor = 2;
   Rows<const BFloat16> sum;
   const BFloat16* gain;
   Rows<const BFloat16> router;
