@@ -1,8 +1,9 @@
 // The norm-gate: residual add, RMSNorm, router and its statistics, and the way back. In bf16, where the sizes
-// allow it, in tiles (norm_gate_tiles.h); else a block has a token at a time, and its first warp routes.
+// allow it, in tiles (norm_gate_tiles*.h); else a block has a token at a time, and its first warp routes.
 #include <algorithm>
 
 #include "core/cuda/norm_gate_tiles.h"
+#include "core/cuda/norm_gate_tiles_backward.h"
 #include "core/cuda/partials.h"
 #include "core/cuda/residual_row.h"
 #include "core/cuda/router_row.h"
@@ -157,7 +158,8 @@ struct NormGateBackwardKernel {
       if (thread_index() < kWarp) {
         for (int e = thread_index(); e < experts; e += kWarp) p[e] = probs[t][e];
         sync_warp();
-        rule.backward(p, logits, weights[t], dweights[t], topk[t], lse[t], loads, balance_scale, z_scale, dl);
+        rule.backward(p, logits, rule.choice_of(topk[t], weights[t], dweights[t]), lse[t], loads,
+                      balance_scale, z_scale, dl);
         for (int e = thread_index(); e < experts; e += kWarp) {
           dlogits[t][e] = dl[e];
           dlogits_rounded[t * experts + e] = rounded<C>(dl[e]);

@@ -255,6 +255,31 @@ HYBRIDMOE_DEVICE void store(T* to, const Vector<T, W>& value) {
   }
 }
 
+// Eight elements as one value. nvcc takes a Vector apart right behind a load that is under a condition, and
+// waits for it there: what is to be under way for longer is loaded as this.
+struct PackedVector {
+  __extension__ typedef unsigned __int128 Word;
+  Word word = 0;
+
+  HYBRIDMOE_DEVICE float operator[](int j) const {
+    BFloat16 element;
+    element.bits = static_cast<std::uint16_t>(word >> (16 * j));
+    return to_float(element);
+  }
+};
+HYBRIDMOE_DEVICE PackedVector load_packed(const BFloat16* from) {
+  PackedVector result;
+  result.word = *reinterpret_cast<const PackedVector::Word*>(from);
+  return result;
+}
+HYBRIDMOE_DEVICE PackedVector load_packed_once(const BFloat16* from) {
+  const auto parts = load_once<std::uint32_t, 4>(reinterpret_cast<const std::uint32_t*>(from));
+  PackedVector result;
+  HYBRIDMOE_UNROLL
+  for (int j = 0; j < 4; ++j) result.word |= static_cast<PackedVector::Word>(parts.value[j]) << (32 * j);
+  return result;
+}
+
 HYBRIDMOE_DEVICE float reciprocal_root(float value) { return 1.0f / sqrtf(value); }
 
 HYBRIDMOE_DEVICE float to_float(float value) { return value; }

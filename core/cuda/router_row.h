@@ -59,6 +59,12 @@ struct JoinGateSums {
   }
 };
 
+// What lane j of a warp has of a token's choice j; nothing beyond top_k.
+struct GateChoice {
+  int expert = 0;
+  float weight = 0, dweight = 0;
+};
+
 // The order of floats that are no NaN; more than 0.
 HYBRIDMOE_DEVICE std::uint32_t in_order(float value) {
   std::uint32_t bits;
@@ -184,16 +190,20 @@ struct GateRule {
     sync_warp();
   }
 
+  HYBRIDMOE_DEVICE GateChoice choice_of(const std::int32_t* topk, const float* weights,
+                                        const float* dweights) const {
+    const int lane = thread_index() % kWarp;
+    if (lane >= top_k) return {};
+    return {topk[lane], weights[lane], dweights[lane]};
+  }
+
   // dlogits [experts] shared = the gradient; p [experts] shared are the probabilities, logits [experts]
   // shared are needed by sigmoid scores only; counts [experts] shared.
-  HYBRIDMOE_DEVICE void backward(const float* p, const float* logits, const float* weights,
-                                 const float* dweights, const std::int32_t* topk, float lse,
+  HYBRIDMOE_DEVICE void backward(const float* p, const float* logits, const GateChoice& choice, float lse,
                                  const float* counts, float balance_scale, float z_scale,
                                  float* dlogits) const {
     const int lane = thread_index() % kWarp;
     const bool chooses = lane < top_k, relative = sigmoid || renormalize;
-    const int choice = chooses ? topk[lane] : 0;
-    const float weight = chooses ? weights[lane] : 0, dweight = chooses ? dweights[lane] : 0;
     float all = 0, mean_count = 0;
     if (sigmoid) {
       for (int e = lane; e < experts; e += kWarp) {
@@ -207,9 +217,9 @@ struct GateRule {
       dlogits[e] = balance_scale * (sigmoid ? (counts[e] - mean_count) / all : counts[e]);
     }
     sync_warp();
-    const float total = relative ? warp_sum(chooses ? p[choice] : 0) : 1;
-    const float common = relative ? warp_sum(dweight * weight) : 0;
-    if (chooses) dlogits[choice] += ((sigmoid ? scale : 1.0f) * dweight - common) / total;
+    const float total = relative ? warp_sum(chooses ? p[choice.expert] : 0) : 1;
+    const float common = relative ? warp_sum(choice.dweight * choice.weight) : 0;
+    if (chooses) dlogits[choice.expert] += ((sigmoid ? scale : 1.0f) * choice.dweight - common) / total;
     sync_warp();
     float mean = 0;
     for (int e = lane; !sigmoid && e < experts; e += kWarp) mean += p[e] * dlogits[e];
