@@ -32,8 +32,12 @@ struct GateWeights {
     return {memory + chunk % kStages * kElements};
   }
   HYBRIDMOE_DEVICE void start(int chunk, int chunks) const {
-    if (chunk < chunks)
-      tile(chunk).template start<kGateWarps * kWarp>(router, 0, 0, experts, chunk * kGateChunk, kExperts);
+    const GatePlace place;
+    HYBRIDMOE_UNROLL
+    for (int first = 0; first < kExperts && chunk < chunks; first += kGateWarps * kWarp / 8) {
+      const int row = first + place.row[0], column = chunk * kGateChunk + place.chunk * GatePlace::kWidth;
+      start_copy(tile(chunk).at(row, place.chunk), row < experts ? router[row] + column : nullptr);
+    }
     commit_copies();
   }
 };
