@@ -236,7 +236,7 @@ struct HeadBackwardKernel {
   }
 };
 
-template <class C>
+template <class C, int W>
 struct RowSquaresKernel {
   static constexpr int kThreads = 256;
   Rows<const C> x;
@@ -245,9 +245,10 @@ struct RowSquaresKernel {
 
   HYBRIDMOE_DEVICE void operator()() const {
     float squares = 0;
-    for (std::int64_t i = thread_index(); i < width; i += block_threads()) {
-      const float value = to_float(x[block_x()][i]);
-      squares += value * value;
+    for (std::int64_t i = thread_index(); i < width / W; i += block_threads()) {
+      const Vector<C, W> v = load<C, W>(x[block_x()] + i * W);
+      HYBRIDMOE_UNROLL
+      for (int j = 0; j < W; ++j) squares += to_float(v.value[j]) * to_float(v.value[j]);
     }
     squares = over_block<Plus>(squares, shared_memory<float>());
     if (thread_index() == 0) sumsq[block_x()] = squares;
@@ -290,13 +291,12 @@ bool halves_in_vectors(const HeadNormRopeForward& op, const Tensor& gradient, co
 }  // namespace
 
 void CudaBackend::head_norm_statistics(const HeadNormStatistics& op, Stream* stream) {
-  if (op.x.rows() == 0) return;
-  with_type(compute_type_, [&]<class C>(C) {
-    using Kernel = RowSquaresKernel<C>;
-    launch(Kernel{Rows<const C>(op.x), op.x.shape[1], elements<float>(op.sumsq)},
-           {.x = op.x.rows(),
-            .threads = threads_for(op.x.shape[1], Kernel::kThreads),
-            .shared_bytes = kScratchBytes},
+  const std::int64_t n = op.x.rows(), width = op.x.shape[1];
+  if (n == 0) return;
+  with_vectors(compute_type_, in_vectors(width, {&op.x}), [&]<class C, int W>(C, Constant<W>) {
+    using Kernel = RowSquaresKernel<C, W>;
+    launch(Kernel{Rows<const C>(op.x), width, elements<float>(op.sumsq)},
+           {.x = n, .threads = threads_for(width / W, Kernel::kThreads), .shared_bytes = kScratchBytes},
            stream);
   });
 }
