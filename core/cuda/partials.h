@@ -22,11 +22,11 @@ struct JoinPartials {
     const int lane = thread_index() % kWarp, warp = thread_index() / kWarp, warps = block_threads() / kWarp;
     const std::int64_t column = block_x() * kWarp + lane;
     T sum = {};
-    bool first = true;
-    for (std::int64_t part = warp; part < parts && column < columns; part += warps) {
-      const T value = partial[part * stride + column];
-      sum = first ? value : Op::of(sum, value);
-      first = false;
+    if (warp < parts && column < columns) {
+      const T* value = partial + column;
+      sum = value[warp * stride];
+      for (std::int64_t part = warp + warps; part < parts; part += warps)
+        sum = Op::of(sum, value[part * stride]);
     }
     sums[thread_index()] = sum;
     sync_block();
