@@ -89,15 +89,15 @@ struct GateTilesForward {
     const auto chunks = static_cast<int>(d / kGateChunk);
     constexpr int W = GatePlace::kWidth, U = GatePlace::kVectors, kN = kExperts / 2;
     const int row = warp % 4 * 16, column = warp / 4 * kN;
-    PackedVector value[U], added[U];
+    Packed<BFloat16, W> value[U], added[U];
     const auto fetch = [&](int chunk) {
       HYBRIDMOE_UNROLL
       for (int u = 0; u < U; ++u) {
         const std::int64_t t = first + place.row[u], at = chunk * kGateChunk + place.chunk * W;
         value[u] = added[u] = {};
         if (t >= n || chunk >= chunks) continue;
-        value[u] = load_packed_once(x[t] + at);
-        if (branch.given()) added[u] = load_packed_once(branch[t] + at);
+        value[u] = load_packed_once<BFloat16, W>(x[t] + at);
+        if (branch.given()) added[u] = load_packed_once<BFloat16, W>(branch[t] + at);
       }
     };
     float squares[U] = {}, product[kN / 8][4] = {};
@@ -106,8 +106,8 @@ struct GateTilesForward {
     for (int chunk = 0; chunk < chunks; ++chunk) {
       weights_of.start(chunk + 1, chunks);
       const std::int64_t at = chunk * kGateChunk + place.chunk * W;
-      PackedVector g;
-      if (gain != nullptr) g = load_packed(gain + at);
+      Packed<BFloat16, W> g;
+      if (gain != nullptr) g = load_packed<BFloat16, W>(gain + at);
       HYBRIDMOE_UNROLL
       for (int u = 0; u < U; ++u) {
         Vector<BFloat16, W> v;
@@ -195,21 +195,21 @@ struct GateTilesForward {
     const GatePlace place;
     const std::int64_t first = block_x() * kGateTokens;
     for (auto last = static_cast<int>(d / kGateChunk) - 1; last >= 0; last -= kAtOnce) {
-      PackedVector value[kAtOnce][U];
+      Packed<BFloat16, W> value[kAtOnce][U];
       HYBRIDMOE_UNROLL
       for (int c = 0; c < kAtOnce; ++c) {
         HYBRIDMOE_UNROLL
         for (int u = 0; u < U; ++u) {
           const std::int64_t t = first + place.row[u], at = (last - c) * kGateChunk + place.chunk * W;
-          if (t < n && at >= 0) value[c][u] = load_packed((sum.given() ? sum[t] : x[t]) + at);
+          if (t < n && at >= 0) value[c][u] = load_packed<BFloat16, W>((sum.given() ? sum[t] : x[t]) + at);
         }
       }
       HYBRIDMOE_UNROLL
       for (int c = 0; c < kAtOnce; ++c) {
         const std::int64_t at = (last - c) * kGateChunk + place.chunk * W;
         if (at < 0) continue;
-        PackedVector g;
-        if (gain != nullptr) g = load_packed(gain + at);
+        Packed<BFloat16, W> g;
+        if (gain != nullptr) g = load_packed<BFloat16, W>(gain + at);
         HYBRIDMOE_UNROLL
         for (int u = 0; u < U; ++u) {
           const std::int64_t t = first + place.row[u];

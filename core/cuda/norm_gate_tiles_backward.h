@@ -92,8 +92,8 @@ struct GateTilesBackward {
         for (int u = 0; u < U; ++u) own[u] = next[u];
         if (chunk + 1 < chunks) read(first, chunk + 1, next);  // under way until the next product is there
         const std::int64_t at = chunk * kGateChunk + place.chunk * W;
-        PackedVector g;
-        if (gain != nullptr) g = load_packed(gain + at);
+        Packed<BFloat16, W> g;
+        if (gain != nullptr) g = load_packed<BFloat16, W>(gain + at);
         float of_columns[W] = {};
         HYBRIDMOE_UNROLL
         for (int u = 0; u < U; ++u) {
@@ -124,7 +124,7 @@ struct GateTilesBackward {
  private:
   static constexpr int W = GatePlace::kWidth, U = GatePlace::kVectors;
   struct Elements {
-    PackedVector dy, sum, skip;
+    Packed<BFloat16, W> dy, sum, skip;
   };
 
   // This thread's elements of a chunk, for the last time.
@@ -135,9 +135,9 @@ struct GateTilesBackward {
     for (int u = 0; u < U; ++u) {
       const std::int64_t t = first + place.row[u];
       if (t >= n) continue;
-      to[u].dy = load_packed_once(dy[t] + at);
-      if (gain != nullptr) to[u].sum = load_packed_once(sum[t] + at);
-      if (skip.given()) to[u].skip = load_packed_once(skip[t] + at);
+      to[u].dy = load_packed_once<BFloat16, W>(dy[t] + at);
+      if (gain != nullptr) to[u].sum = load_packed_once<BFloat16, W>(sum[t] + at);
+      if (skip.given()) to[u].skip = load_packed_once<BFloat16, W>(skip[t] + at);
     }
   }
 
@@ -201,22 +201,22 @@ struct GateTilesBackward {
     constexpr int kAtOnce = 2;
     const GatePlace place;
     for (auto last = static_cast<int>(d / kGateChunk) - 1; last >= 0; last -= kAtOnce) {
-      PackedVector upstream[kAtOnce][U], value[kAtOnce][U];
+      Packed<BFloat16, W> upstream[kAtOnce][U], value[kAtOnce][U];
       HYBRIDMOE_UNROLL
       for (int c = 0; c < kAtOnce; ++c) {
         HYBRIDMOE_UNROLL
         for (int u = 0; u < U; ++u) {
           const std::int64_t t = first + place.row[u], at = (last - c) * kGateChunk + place.chunk * W;
           if (t >= n || at < 0) continue;
-          upstream[c][u] = load_packed(dy[t] + at);
-          value[c][u] = load_packed(sum[t] + at);
+          upstream[c][u] = load_packed<BFloat16, W>(dy[t] + at);
+          value[c][u] = load_packed<BFloat16, W>(sum[t] + at);
         }
       }
       HYBRIDMOE_UNROLL
       for (int c = 0; c < kAtOnce; ++c) {
         const std::int64_t at = (last - c) * kGateChunk + place.chunk * W;
         if (at < 0) continue;
-        const PackedVector g = load_packed(gain + at);
+        const Packed<BFloat16, W> g = load_packed<BFloat16, W>(gain + at);
         HYBRIDMOE_UNROLL
         for (int u = 0; u < U; ++u) {
           HYBRIDMOE_UNROLL

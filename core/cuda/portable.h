@@ -36,6 +36,14 @@ struct alignas(sizeof(T) * W) Vector {
   T value[W];
 };
 
+// An integer as large as that.
+__extension__ typedef unsigned __int128 LongWord;
+template <class T, int W>
+using WordOf = std::conditional_t<
+    sizeof(T) * W == 16, LongWord,
+    std::conditional_t<sizeof(T) * W == 8, std::uint64_t,
+                       std::conditional_t<sizeof(T) * W == 4, std::uint32_t, std::uint16_t>>>;
+
 #ifdef __CUDACC__
 
 HYBRIDMOE_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
@@ -234,6 +242,8 @@ HYBRIDMOE_DEVICE void store_once(T* to, const Vector<T, W>& value) {
 
 #endif
 
+HYBRIDMOE_DEVICE float to_float(float value) { return value; }
+
 template <class T, int W>
 HYBRIDMOE_DEVICE Vector<T, W> load(const T* from) {
   return *reinterpret_cast<const Vector<T, W>*>(from);
@@ -242,10 +252,7 @@ template <class T, int W>
 HYBRIDMOE_DEVICE void store(T* to, const Vector<T, W>& value) {
   if constexpr (std::is_same_v<T, BFloat16> && W > 1) {
     // As one word: of a vector, and of a struct of words, nvcc may write element after element.
-    __extension__ typedef unsigned __int128 Longest;
-    using Long = std::conditional_t<W == 4, std::uint64_t, Longest>;
-    using Word = std::conditional_t<W == 2, std::uint32_t, Long>;
-    static_assert(sizeof(Word) == sizeof value);
+    using Word = WordOf<T, W>;
     Word word = 0;
     HYBRIDMOE_UNROLL
     for (int j = 0; j < W; ++j) word |= static_cast<Word>(value.value[j].bits) << (16 * j);
@@ -255,34 +262,36 @@ HYBRIDMOE_DEVICE void store(T* to, const Vector<T, W>& value) {
   }
 }
 
-// Eight elements as one value. nvcc takes a Vector apart right behind a load that is under a condition, and
-// waits for it there: what is to be under way for longer is loaded as this.
-struct PackedVector {
-  __extension__ typedef unsigned __int128 Word;
-  Word word = 0;
+// The same run as one value. nvcc takes a Vector apart right behind its load when another one follows under a
+// condition, and waits for it there: what is to be under way together, or for longer, is loaded as this.
+template <class T, int W>
+struct Packed {
+  WordOf<T, W> word = 0;
 
   HYBRIDMOE_DEVICE float operator[](int j) const {
-    BFloat16 element;
-    element.bits = static_cast<std::uint16_t>(word >> (16 * j));
+    using Bits = WordOf<T, 1>;
+    const auto bits = static_cast<Bits>(word >> (8 * sizeof(T) * j));
+    T element;
+    std::memcpy(static_cast<void*>(&element), &bits, sizeof element);
     return to_float(element);
   }
 };
-HYBRIDMOE_DEVICE PackedVector load_packed(const BFloat16* from) {
-  PackedVector result;
-  result.word = *reinterpret_cast<const PackedVector::Word*>(from);
-  return result;
+template <class T, int W>
+HYBRIDMOE_DEVICE Packed<T, W> load_packed(const T* from) {
+  return {*reinterpret_cast<const WordOf<T, W>*>(from)};
 }
-HYBRIDMOE_DEVICE PackedVector load_packed_once(const BFloat16* from) {
+template <class T, int W>
+HYBRIDMOE_DEVICE Packed<T, W> load_packed_once(const T* from) {
+  if constexpr (sizeof(T) * W != 16) return load_packed<T, W>(from);
   const auto parts = load_once<std::uint32_t, 4>(reinterpret_cast<const std::uint32_t*>(from));
-  PackedVector result;
+  Packed<T, W> result;
   HYBRIDMOE_UNROLL
-  for (int j = 0; j < 4; ++j) result.word |= static_cast<PackedVector::Word>(parts.value[j]) << (32 * j);
+  for (int j = 0; j < 4; ++j) result.word |= static_cast<WordOf<T, W>>(parts.value[j]) << (32 * j);
   return result;
 }
 
 HYBRIDMOE_DEVICE float reciprocal_root(float value) { return 1.0f / sqrtf(value); }
 
-HYBRIDMOE_DEVICE float to_float(float value) { return value; }
 HYBRIDMOE_DEVICE void round_to(float value, float* to) { *to = value; }
 HYBRIDMOE_DEVICE void round_to(float value, BFloat16* to) { *to = to_bfloat16(value); }
 // The value rounded to C.
