@@ -111,7 +111,8 @@ struct HeadForwardKernel {
     const int head = static_cast<int>(unit - t * heads.heads);
     const bool active = t < heads.n;  // all lanes take part in the sum
     const C* x = active ? heads.x[t] + head * heads.head_dim : nullptr;
-    float a[W], b[W];
+    const bool kept = heads.gain != nullptr && !heads.full_width && lanes * W >= heads.half();
+    float a[W] = {}, b[W] = {};
     float r = 1;
     if (heads.gain != nullptr) {
       float squares = 0;
@@ -129,7 +130,7 @@ struct HeadForwardKernel {
       }
     }
     for (int i = lane * W; active && i < heads.half(); i += lanes * W) {
-      heads.read(x, i, a, b);
+      if (!kept) heads.read(x, i, a, b);  // else they are still there
       if (heads.gain != nullptr) {
         float ga[W], gb[W];
         heads.read(heads.gain_of(head), i, ga, gb);
