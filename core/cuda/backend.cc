@@ -47,9 +47,8 @@ void CudaBackend::map(void* reserved, std::int64_t begin, std::int64_t end) {
   device_->fill_zero(memory, bytes, main_stream());
 }
 
-std::int64_t CudaBackend::row_parts(std::int64_t n, std::int64_t least) const {
-  constexpr std::int64_t kPerProcessor = 4;
-  return std::clamp<std::int64_t>(n / least, 1, kPerProcessor * device_->processors());
+std::int64_t CudaBackend::row_parts(std::int64_t n, std::int64_t least, int per_processor) const {
+  return std::clamp<std::int64_t>(n / least, 1, per_processor * device_->processors());
 }
 
 }  // namespace hybridmoe::cuda

@@ -115,9 +115,9 @@ class CudaBackend final : public Backend {
   T* workspace(std::int64_t count, Stream* stream) {
     return static_cast<T*>(workspace_.get(*device_, count * static_cast<std::int64_t>(sizeof(T)), stream));
   }
-  // Blocks that fill the device when each has a part of the rows: at least `least` rows each, the same number
-  // for the same n.
-  std::int64_t row_parts(std::int64_t n, std::int64_t least) const;
+  // Blocks that fill the device when each has a part of the rows, `per_processor` that a processor holds at
+  // once: at least `least` rows each, the same number for the same n.
+  std::int64_t row_parts(std::int64_t n, std::int64_t least, int per_processor = 4) const;
   void multiply(const Product& product, Stream* stream);
   const SegmentBlocks& blocks_of(const std::vector<Segment>& segments, Stream* stream);
 

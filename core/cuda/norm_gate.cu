@@ -1,8 +1,9 @@
 // The norm-gate: residual add, RMSNorm, router and its statistics, and the way back. In bf16, where the sizes
-// allow it, in tiles (norm_gate_tiles.h); else a block has a token at a time, and its first warp routes.
+// allow it, in tiles (norm_gate_tiles*.h); else a block has a token at a time, and its first warp routes.
 #include <algorithm>
 
 #include "core/cuda/norm_gate_tiles.h"
+#include "core/cuda/norm_gate_tiles_backward.h"
 #include "core/cuda/partials.h"
 #include "core/cuda/residual_row.h"
 #include "core/cuda/router_row.h"
@@ -71,7 +72,7 @@ struct NormGateForwardKernel {
   float* lse;
   Rows<std::int32_t> topk;
   Rows<float> weights;
-  double* partial;  // [blocks, 2 E] counts and sums of probabilities, [blocks, kRouterSums], [blocks] maxima
+  double* partial;  // [blocks, 2 E + GateSums::kExtra]; null: no statistics
   std::int64_t n, d;
   float eps;
 
@@ -106,12 +107,11 @@ struct NormGateForwardKernel {
       sync_block();
     }
     if (partial == nullptr) return;
+    double* joined = partial + block_x() * (2 * experts + GateSums::kExtra);
     for (int e = thread_index(); e < 2 * experts; e += block_threads())
-      partial[block_x() * 2 * experts + e] = static_cast<double>(memory.sums.counts[e]);
-    double* rest = partial + grid_x() * 2 * experts;
-    if (thread_index() < kRouterSums)
-      rest[block_x() * kRouterSums + thread_index()] = memory.sums.sums[thread_index()];
-    if (thread_index() == 0) rest[grid_x() * kRouterSums + block_x()] = memory.sums.sums[kRouterSums];
+      joined[e] = static_cast<double>(memory.sums.counts[e]);
+    if (thread_index() < GateSums::kExtra)
+      joined[2 * experts + thread_index()] = memory.sums.sums[thread_index()];
   }
 };
 
@@ -143,7 +143,6 @@ struct NormGateBackwardKernel {
     float* dgain = upstream + d;
     float *logits = dgain + d, *p = logits + experts, *dl = p + experts, *loads = dl + experts;
     float* scratch = loads + experts;
-    // From host memory, once.
     for (int e = thread_index(); e < experts; e += block_threads()) loads[e] = static_cast<float>(counts[e]);
     // Element j of vector i lies at j * d / W + i: neighbouring threads use neighbouring banks.
     const std::int64_t columns = d / W;
@@ -159,7 +158,8 @@ struct NormGateBackwardKernel {
       if (thread_index() < kWarp) {
         for (int e = thread_index(); e < experts; e += kWarp) p[e] = probs[t][e];
         sync_warp();
-        rule.backward(p, logits, weights[t], dweights[t], topk[t], lse[t], loads, balance_scale, z_scale, dl);
+        rule.backward(p, logits, rule.choice_of(topk[t], weights[t], dweights[t]), lse[t], loads,
+                      balance_scale, z_scale, dl);
         for (int e = thread_index(); e < experts; e += kWarp) {
           dlogits[t][e] = dl[e];
           dlogits_rounded[t * experts + e] = rounded<C>(dl[e]);
@@ -242,10 +242,11 @@ void CudaBackend::norm_gate_forward(const NormGateForward& op, Stream* stream) {
   const bool statistics = !op.counts.empty();
   const bool vectors = in_vectors(d, {&op.x, &op.branch, &op.gain, &op.router, &op.sum, &op.y});
   const GateRule rule(op.rule, op.router, op.bias);
+  const std::int64_t columns = 2 * experts + GateSums::kExtra;
   double* partial = nullptr;
   std::int64_t blocks = divide_up(n, kGateTokens);
   const auto allocate = [&] {
-    if (statistics) partial = workspace<double>(blocks * (2 * experts + GateSums::kExtra), stream);
+    if (statistics) partial = workspace<double>(blocks * columns, stream);
   };
   const bool in_tiles = with_gate_tiles(compute_type_, vectors, d, experts, [&]<int E>(Constant<E>) {
     using Kernel = GateTilesForward<E>;
@@ -275,12 +276,13 @@ void CudaBackend::norm_gate_forward(const NormGateForward& op, Stream* stream) {
              stream);
     });
   if (!statistics) return;
-  // counts and prob_sum lie side by side in the partial sums only.
-  join_strided<Plus>(partial, 2 * experts, blocks, experts, elements<double>(op.counts), stream);
-  join_strided<Plus>(partial + experts, 2 * experts, blocks, experts, elements<double>(op.prob_sum), stream);
-  const double* rest = partial + blocks * 2 * experts;
-  join_partials<Plus>(rest, blocks, kRouterSums, elements<double>(op.sums), stream);
-  join_partials<Larger>(rest + blocks * kRouterSums, blocks, 1, elements<double>(op.logit_max), stream);
+  launch(
+      JoinGateSums{partial, blocks, rule.experts, elements<double>(op.counts), elements<double>(op.prob_sum),
+                   elements<double>(op.sums), elements<double>(op.logit_max)},
+      {.x = divide_up(columns, kWarp),
+       .threads = JoinGateSums::kThreads,
+       .shared_bytes = JoinGateSums::shared_bytes()},
+      stream);
 }
 
 void CudaBackend::norm_gate_backward(const NormGateBackward& op, Stream* stream) {
@@ -291,15 +293,21 @@ void CudaBackend::norm_gate_backward(const NormGateBackward& op, Stream* stream)
   const bool norm = !f.gain.empty(), sigmoid = f.rule.scores == RouterScores::Sigmoid;
   const bool vectors = in_vectors(d, {&y, &sum, &f.gain, &f.router, &op.dy, &op.skip, &op.dsum});
   const GateRule rule(f.rule, f.router, f.bias);
-  // Of the workspace: dgain by blocks, logits, the rounded gradients of the logits. Products use none of it.
-  const std::int64_t blocks = row_parts(n, 4), all = n * experts;
+  // Of the workspace: dgain by blocks, logits, the rounded gradients of the logits, the counts. Products use
+  // none of it.
+  std::int64_t blocks = row_parts(n, 4);
+  const std::int64_t all = n * experts;
   const std::int64_t partial_words = norm ? divide_up(blocks * d, 4) * 4 : 0,
                      logit_words = divide_up(all, 4) * 4;
-  auto* partial = workspace<float>(partial_words + 2 * logit_words, stream);
+  auto* partial = workspace<float>(partial_words + 2 * logit_words + 2 * experts, stream);
   const Tensor logits(partial + partial_words, DType::F32, {n, experts}, device());
   const Tensor dlogits(partial + partial_words + logit_words, compute_type_, {n, experts}, device());
+  // From host memory once, not by every block.
+  const Tensor counts(partial + partial_words + 2 * logit_words, DType::F64, {experts}, device());
+  copy(op.balance_counts, counts, stream);
   const bool in_tiles = with_gate_tiles(compute_type_, vectors, d, experts, [&]<int E>(Constant<E>) {
     using Kernel = GateTilesBackward<E>;
+    blocks = std::min(blocks, divide_up(n, kGateTokens));
     // A sigmoid loses what its logit was near 1.
     if (sigmoid) linear_forward({.x = y, .weight = f.router, .y = logits}, stream);
     launch(Kernel{Rows<const BFloat16>(sum),
@@ -313,7 +321,7 @@ void CudaBackend::norm_gate_backward(const NormGateBackward& op, Stream* stream)
                   Rows<const std::int32_t>(f.topk),
                   Rows<const float>(f.weights),
                   Rows<const float>(op.dweights),
-                  elements<const double>(op.balance_counts),
+                  elements<const double>(counts),
                   static_cast<float>(op.balance_scale),
                   static_cast<float>(op.z_scale),
                   Rows<const BFloat16>(op.dy),
@@ -341,7 +349,7 @@ void CudaBackend::norm_gate_backward(const NormGateBackward& op, Stream* stream)
                     Rows<const std::int32_t>(f.topk),
                     Rows<const float>(f.weights),
                     Rows<const float>(op.dweights),
-                    elements<const double>(op.balance_counts),
+                    elements<const double>(counts),
                     static_cast<float>(op.balance_scale),
                     static_cast<float>(op.z_scale),
                     Rows<const C>(op.dy),

@@ -35,10 +35,22 @@ struct ResidualNormForwardKernel {
   }
 };
 
+// Starts a copy of a vector to shared memory, for the thread itself; what is shorter than 16 bytes is there
+// at once.
+template <class C, int W>
+HYBRIDMOE_DEVICE void start_copy_of(Packed<C, W>* to, const C* from) {
+  if constexpr (sizeof(Packed<C, W>) == 16) {
+    start_copy(to, from);
+  } else {
+    *to = load_packed<C, W>(from);
+  }
+}
+
 // Blocks take rows in turns and keep their part of dgain, column by column, in shared memory.
 template <class C, int W>
 struct ResidualNormBackwardKernel {
   static constexpr int kThreads = 512;
+  static constexpr int kBlocksPerProcessor = 4;  // twice as many of half as many threads
   Rows<const C> dy, sum;
   const float* rstd;
   const C* gain;
@@ -48,9 +60,10 @@ struct ResidualNormBackwardKernel {
   std::int64_t n, d;
 
   HYBRIDMOE_DEVICE void operator()() const {
-    auto* upstream = shared_memory<Vector<C, W>>();
-    auto* normed = after<Vector<C, W>>(upstream, d / W);
-    auto* dgain = after<float>(normed, d / W);
+    auto* upstream = shared_memory<Packed<C, W>>();
+    auto* normed = after<Packed<C, W>>(upstream, d / W);
+    auto* passed = after<Packed<C, W>>(normed, d / W);
+    auto* dgain = after<float>(passed, d / W);
     auto* scratch = after<float>(dgain, d);
     // Element j of vector i lies at j * d / W + i: neighbouring threads use neighbouring banks.
     for (std::int64_t i = thread_index(); i < d / W; i += block_threads())
@@ -59,28 +72,32 @@ struct ResidualNormBackwardKernel {
       const float r = rstd[t];
       float dot = 0;
       for (std::int64_t i = thread_index(); i < d / W; i += block_threads()) {
-        const Vector<C, W> u = load_once<C, W>(dy[t] + i * W), x = load_once<C, W>(sum[t] + i * W);
-        const Vector<C, W> g = load<C, W>(gain + i * W);
+        // Under way at once with the others, and in no register: it is needed behind the sum only.
+        if (skip.given()) start_copy_of<C, W>(passed + i, skip[t] + i * W);
+        const Packed<C, W> u = load_packed_once<C, W>(dy[t] + i * W);
+        const Packed<C, W> x = load_packed_once<C, W>(sum[t] + i * W), g = load_packed<C, W>(gain + i * W);
         HYBRIDMOE_UNROLL
         for (int j = 0; j < W; ++j) {
-          const float product = to_float(u.value[j]) * to_float(x.value[j]);
-          dot += product * to_float(g.value[j]);
+          const float product = u[j] * x[j];
+          dot += product * g[j];
           dgain[j * (d / W) + i] += product * r;
         }
         upstream[i] = u;
         normed[i] = x;
       }
+      commit_copies();
       dot = over_block<Plus>(dot, scratch);
+      wait_for_copies<0>();
       const float pull = r * r * r * (dot / static_cast<float>(d));
       for (std::int64_t i = thread_index(); i < d / W; i += block_threads()) {
-        const Vector<C, W> u = upstream[i], x = normed[i], g = load<C, W>(gain + i * W);
-        Vector<C, W> passed = {};
-        if (skip.given()) passed = load_once<C, W>(skip[t] + i * W);
+        const Packed<C, W> u = upstream[i], x = normed[i], g = load_packed<C, W>(gain + i * W);
+        Packed<C, W> s;
+        if (skip.given()) s = passed[i];
         Vector<C, W> result;
         HYBRIDMOE_UNROLL
         for (int j = 0; j < W; ++j) {
-          const float own = r * to_float(u.value[j]) * to_float(g.value[j]) - pull * to_float(x.value[j]);
-          result.value[j] = rounded<C>(skip.given() ? own + to_float(passed.value[j]) : own);
+          const float own = r * u[j] * g[j] - pull * x[j];
+          result.value[j] = rounded<C>(skip.given() ? own + s[j] : own);
         }
         store<C, W>(dsum[t] + i * W, result);
       }
@@ -145,16 +162,19 @@ void CudaBackend::residual_norm_forward(const ResidualNormForward& op, Stream* s
 void CudaBackend::residual_norm_backward(const ResidualNormBackward& op, Stream* stream) {
   const std::int64_t n = op.dy.rows(), d = op.dy.shape[1];
   if (n == 0) return;
-  const std::int64_t blocks = row_parts(n, 4);
-  auto* partial = workspace<float>(blocks * d, stream);
   const bool vectors = in_vectors(d, {&op.dy, &op.sum, &op.gain, &op.skip, &op.dsum});
+  std::int64_t blocks = 0;
+  float* partial = nullptr;
   with_vectors(compute_type_, vectors, [&]<class C, int W>(C, Constant<W>) {
     using Kernel = ResidualNormBackwardKernel<C, W>;
+    const int threads = threads_for(d / W, Kernel::kThreads);
+    blocks = row_parts(n, 4, Kernel::kBlocksPerProcessor * (threads <= Kernel::kThreads / 2 ? 2 : 1));
+    partial = workspace<float>(blocks * d, stream);
     launch(Kernel{Rows<const C>(op.dy), Rows<const C>(op.sum), elements<const float>(op.rstd),
                   elements<const C>(op.gain), Rows<const C>(op.skip), Rows<C>(op.dsum), partial, n, d},
            {.x = blocks,
-            .threads = threads_for(d / W, Kernel::kThreads),
-            .shared_bytes = 2 * shared_bytes_of<C>(d) + shared_bytes_of<float>(d) + kScratchBytes},
+            .threads = threads,
+            .shared_bytes = 3 * shared_bytes_of<C>(d) + shared_bytes_of<float>(d) + kScratchBytes},
            stream);
   });
   join_partials<Plus>(partial, blocks, d, elements<float>(op.dgain), stream);

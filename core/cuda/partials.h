@@ -25,9 +25,10 @@ struct JoinPartials {
     const std::int64_t column = block_x() * kWarp + lane % width;
     T sum = Op::template nothing<T>();
     if (column < columns) {
+      const T* value = partial + column;
       const std::int64_t step = block_threads() / width;
       for (std::int64_t part = thread_index() / width; part < parts; part += step)
-        sum = Op::of(sum, partial[part * stride + column]);
+        sum = Op::of(sum, value[part * stride]);
     }
     for (int mask = kWarp / 2; mask >= width; mask /= 2) sum = Op::of(sum, shuffle_xor(sum, mask));
     if (lane < width) sums[warp * width + lane] = sum;

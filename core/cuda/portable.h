@@ -12,6 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "core/bfloat16.h"
 
@@ -36,6 +37,14 @@ template <class T, int W>
 struct alignas(sizeof(T) * W) Vector {
   T value[W];
 };
+
+// An integer as large as that.
+__extension__ typedef unsigned __int128 LongWord;
+template <class T, int W>
+using WordOf = std::conditional_t<
+    sizeof(T) * W == 16, LongWord,
+    std::conditional_t<sizeof(T) * W == 8, std::uint64_t,
+                       std::conditional_t<sizeof(T) * W == 4, std::uint32_t, std::uint16_t>>>;
 
 #ifdef __CUDACC__
 
@@ -256,18 +265,56 @@ HYBRIDMOE_DEVICE void store_once(T* to, const Vector<T, W>& value) {
 
 #endif
 
+HYBRIDMOE_DEVICE float to_float(float value) { return value; }
+
 template <class T, int W>
 HYBRIDMOE_DEVICE Vector<T, W> load(const T* from) {
   return *reinterpret_cast<const Vector<T, W>*>(from);
 }
 template <class T, int W>
 HYBRIDMOE_DEVICE void store(T* to, const Vector<T, W>& value) {
-  *reinterpret_cast<Vector<T, W>*>(to) = value;
+  if constexpr (std::is_same_v<T, BFloat16> && W > 1) {
+    // As one word: of a vector, and of a struct of words, nvcc may write element after element.
+    using Word = WordOf<T, W>;
+    Word word = 0;
+    HYBRIDMOE_UNROLL
+    for (int j = 0; j < W; ++j) word |= static_cast<Word>(value.value[j].bits) << (16 * j);
+    *reinterpret_cast<Word*>(to) = word;
+  } else {
+    *reinterpret_cast<Vector<T, W>*>(to) = value;
+  }
+}
+
+// The same run as one value. nvcc takes a Vector apart right behind its load when another one follows under a
+// condition, and waits for it there: what is to be under way together, or for longer, is loaded as this.
+template <class T, int W>
+struct Packed {
+  WordOf<T, W> word = 0;
+
+  HYBRIDMOE_DEVICE float operator[](int j) const {
+    using Bits = WordOf<T, 1>;
+    const auto bits = static_cast<Bits>(word >> (8 * sizeof(T) * j));
+    T element;
+    std::memcpy(static_cast<void*>(&element), &bits, sizeof element);
+    return to_float(element);
+  }
+};
+template <class T, int W>
+HYBRIDMOE_DEVICE Packed<T, W> load_packed(const T* from) {
+  return {*reinterpret_cast<const WordOf<T, W>*>(from)};
+}
+template <class T, int W>
+HYBRIDMOE_DEVICE Packed<T, W> load_packed_once(const T* from) {
+  if constexpr (sizeof(T) * W != 16) return load_packed<T, W>(from);
+  const auto parts = load_once<std::uint32_t, 4>(reinterpret_cast<const std::uint32_t*>(from));
+  Packed<T, W> result;
+  HYBRIDMOE_UNROLL
+  for (int j = 0; j < 4; ++j) result.word |= static_cast<WordOf<T, W>>(parts.value[j]) << (32 * j);
+  return result;
 }
 
 HYBRIDMOE_DEVICE float reciprocal_root(float value) { return 1.0f / sqrtf(value); }
 
-HYBRIDMOE_DEVICE float to_float(float value) { return value; }
 HYBRIDMOE_DEVICE void round_to(float value, float* to) { *to = value; }
 HYBRIDMOE_DEVICE void round_to(float value, BFloat16* to) { *to = to_bfloat16(value); }
 // The value rounded to C.

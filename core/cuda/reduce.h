@@ -43,6 +43,16 @@ HYBRIDMOE_DEVICE T warp_sum(T value) {
   return over_lanes<Plus>(value, kWarp);
 }
 
+// The largest over a warp, in one instruction.
+HYBRIDMOE_DEVICE std::uint32_t warp_largest(std::uint32_t value) {
+#ifdef __CUDACC__
+  return __reduce_max_sync(0xffffffffu, value);
+#else
+  return over_lanes<Larger>(value, kWarp);
+#endif
+}
+HYBRIDMOE_DEVICE std::uint32_t warp_least(std::uint32_t value) { return ~warp_largest(~value); }
+
 // Over a block; every thread gets the result. `scratch` is shared memory for a value per warp, free again
 // when every thread has passed the next block barrier.
 template <class Op, class T>

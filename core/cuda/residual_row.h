@@ -13,12 +13,12 @@ HYBRIDMOE_DEVICE float read_residual(const Rows<const C>& x, const Rows<const C>
                                      std::int64_t t, std::int64_t d, Vector<C, W>* row) {
   float squares = 0;
   for (std::int64_t i = thread_index(); i < d / W; i += block_threads()) {
-    Vector<C, W> v = load_once<C, W>(x[t] + i * W);
-    if (branch.given()) {
-      const Vector<C, W> b = load_once<C, W>(branch[t] + i * W);
-      HYBRIDMOE_UNROLL
-      for (int j = 0; j < W; ++j) v.value[j] = rounded<C>(to_float(v.value[j]) + to_float(b.value[j]));
-    }
+    const Packed<C, W> a = load_packed_once<C, W>(x[t] + i * W);
+    Packed<C, W> b;
+    if (branch.given()) b = load_packed_once<C, W>(branch[t] + i * W);
+    Vector<C, W> v;
+    HYBRIDMOE_UNROLL
+    for (int j = 0; j < W; ++j) v.value[j] = rounded<C>(branch.given() ? a[j] + b[j] : a[j]);
     if (sum.given()) store<C, W>(sum[t] + i * W, v);
     HYBRIDMOE_UNROLL
     for (int j = 0; j < W; ++j) squares += to_float(v.value[j]) * to_float(v.value[j]);

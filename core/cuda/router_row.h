@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstring>
 
 #include "core/cuda/reduce.h"
 #include "core/cuda/rows.h"
@@ -12,13 +13,64 @@ namespace hybridmoe::cuda {
 
 constexpr int kMostExperts = 32 * kWarp;  // a lane remembers its experts' choice in 32 bits
 
-// Sums over the rows of a block; in shared memory, zeroed by the block. Column c of block b's partial sums.
+// Sums over the rows of a block; in shared memory, zeroed by the block.
 struct GateSums {
   float *counts, *prob_sum;  // [experts]
   double* sums;              // [kRouterSums], then the largest logit
 
-  static constexpr int kExtra = kRouterSums + 1;
+  static constexpr int kExtra =
+      kRouterSums + 1;  // a block's partial sums: [2 experts + kExtra], in this order
+
+  HYBRIDMOE_DEVICE static double join(bool largest, double a, double b) {
+    return largest ? Larger::of(a, b) : a + b;
+  }
 };
+
+// Joins the partial sums of all blocks with the statistics. These lie in host memory, where every kernel that
+// reads and writes takes a while: one does it all. A block has kWarp columns; its warps take turns at the
+// rows.
+struct JoinGateSums {
+  static constexpr int kThreads = 512;
+  const double* partial;  // [parts, columns]
+  std::int64_t parts;
+  int experts;
+  double *counts, *prob_sum, *sums, *logit_max;
+
+  static std::size_t shared_bytes() { return kThreads * sizeof(double); }
+
+  HYBRIDMOE_DEVICE void operator()() const {
+    auto* of_warps = shared_memory<double>();  // [warps][kWarp]
+    const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
+    const int columns = 2 * experts + GateSums::kExtra;
+    const int column = static_cast<int>(block_x()) * kWarp + lane, extra = column - 2 * experts;
+    const bool largest = extra == kRouterSums;
+    double sum = largest ? -INFINITY : 0;
+    for (std::int64_t part = warp; part < parts && column < columns; part += kThreads / kWarp)
+      sum = GateSums::join(largest, sum, partial[part * columns + column]);
+    of_warps[thread_index()] = sum;
+    sync_block();
+    if (warp != 0 || column >= columns) return;
+    for (int other = 1; other < kThreads / kWarp; ++other)
+      sum = GateSums::join(largest, sum, of_warps[other * kWarp + lane]);
+    double* target = sums + extra;
+    if (largest) target = logit_max;
+    if (extra < 0) target = column < experts ? counts + column : prob_sum + column - experts;
+    *target = GateSums::join(largest, *target, sum);
+  }
+};
+
+// What lane j of a warp has of a token's choice j; nothing beyond top_k.
+struct GateChoice {
+  int expert = 0;
+  float weight = 0, dweight = 0;
+};
+
+// The order of floats that are no NaN; more than 0.
+HYBRIDMOE_DEVICE std::uint32_t in_order(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return (bits >> 31) != 0 ? ~bits : bits | 0x80000000u;
+}
 
 struct GateRule {
   int experts, top_k, groups, top_groups;
@@ -37,6 +89,8 @@ struct GateRule {
         bias(elements<const float>(given_bias)) {
     require(experts <= kMostExperts, "a router of ", experts, " experts: the CUDA backend takes up to ",
             int{kMostExperts});
+    require(top_k <= kWarp, "a router that chooses ", top_k, " experts: the CUDA backend takes up to ",
+            int{kWarp});
   }
 
   // Sets the keys of experts outside of the best groups to -inf. scores: [groups] shared.
@@ -67,33 +121,24 @@ struct GateRule {
     sync_warp();
   }
 
-  // The top_k largest keys, the lowest index first among equals.
-  HYBRIDMOE_DEVICE void choose(const float* keys, std::int32_t* topk) const {
+  // Lane j's expert: the one of the j-th largest key, the lowest index first among equals; 0 for lanes beyond
+  // top_k. No key is a NaN.
+  HYBRIDMOE_DEVICE int choose(const float* keys) const {
     const int lane = thread_index() % kWarp;
     std::uint32_t taken = 0;  // bit i: expert lane + 32 i
+    int choice = 0;
     for (int j = 0; j < top_k; ++j) {
-      float best = -INFINITY;
-      int index = kMostExperts;
+      std::uint32_t best = 0, index = kMostExperts;
       for (int e = lane, i = 0; e < experts; e += kWarp, ++i) {
-        if ((taken >> i & 1u) != 0) continue;
-        if (index == kMostExperts || keys[e] > best) best = keys[e], index = e;
+        const std::uint32_t key = in_order(keys[e]);
+        if ((taken >> i & 1u) == 0 && key > best) best = key, index = static_cast<std::uint32_t>(e);
       }
-      for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-        const float other = shuffle_xor(best, mask);
-        const int other_index = shuffle_xor(index, mask);
-        const bool better = index == kMostExperts || other > best || (other == best && other_index < index);
-        if (other_index != kMostExperts && better) best = other, index = other_index;
-      }
-      if (index % kWarp == lane) taken |= 1u << (index / kWarp);
-      if (lane == 0) topk[j] = index;
+      const std::uint32_t largest = warp_largest(best);
+      const auto chosen = static_cast<int>(warp_least(best == largest ? index : kMostExperts));
+      if (chosen % kWarp == lane) taken |= 1u << (chosen / kWarp);
+      if (lane == j) choice = chosen;
     }
-    sync_warp();
-  }
-
-  HYBRIDMOE_DEVICE float chosen_sum(const float* probs, const std::int32_t* topk) const {
-    float sum = 0;
-    for (int j = 0; j < top_k; ++j) sum += probs[topk[j]];
-    return sum;
+    return choice;
   }
 
   // logits [experts] shared, replaced by the keys; probs [experts] and scores [groups] shared scratch; the
@@ -119,12 +164,16 @@ struct GateRule {
     score_sum = sigmoid ? warp_sum(score_sum) : 1;
     sync_warp();
     keep_best_groups(logits, scores);
-    choose(logits, topk);
+    const int choice = choose(logits);
+    const float prob = lane < top_k ? probs[choice] : 0;
     float factor = 1;
-    if (sigmoid || renormalize) factor = (sigmoid ? scale : 1.0f) / chosen_sum(probs, topk);
-    for (int j = lane; j < top_k; j += kWarp) weights[j] = probs[topk[j]] * factor;
+    if (sigmoid || renormalize) factor = (sigmoid ? scale : 1.0f) / warp_sum(prob);
+    if (lane < top_k) topk[lane] = choice, weights[lane] = prob * factor;
     if (lane == 0) *lse_out = lse;
-    if (sums.counts == nullptr) return;
+    if (sums.counts == nullptr) {
+      sync_warp();  // the scratch is used again
+      return;
+    }
     float entropy = 0;
     for (int e = lane; e < experts; e += kWarp) {
       const float p = probs[e] / score_sum;
@@ -132,7 +181,7 @@ struct GateRule {
       if (p > 0) entropy -= p * logf(p);
     }
     entropy = warp_sum(entropy);
-    for (int j = lane; j < top_k; j += kWarp) sums.counts[topk[j]] += 1;
+    if (lane < top_k) sums.counts[choice] += 1;
     if (lane == 0) {
       sums.sums[kRouterLseSquares] += static_cast<double>(lse) * static_cast<double>(lse);
       sums.sums[kRouterEntropy] += static_cast<double>(entropy);
@@ -141,13 +190,20 @@ struct GateRule {
     sync_warp();
   }
 
+  HYBRIDMOE_DEVICE GateChoice choice_of(const std::int32_t* topk, const float* weights,
+                                        const float* dweights) const {
+    const int lane = thread_index() % kWarp;
+    if (lane >= top_k) return {};
+    return {topk[lane], weights[lane], dweights[lane]};
+  }
+
   // dlogits [experts] shared = the gradient; p [experts] shared are the probabilities, logits [experts]
   // shared are needed by sigmoid scores only; counts [experts] shared.
-  HYBRIDMOE_DEVICE void backward(const float* p, const float* logits, const float* weights,
-                                 const float* dweights, const std::int32_t* topk, float lse,
+  HYBRIDMOE_DEVICE void backward(const float* p, const float* logits, const GateChoice& choice, float lse,
                                  const float* counts, float balance_scale, float z_scale,
                                  float* dlogits) const {
     const int lane = thread_index() % kWarp;
+    const bool chooses = lane < top_k, relative = sigmoid || renormalize;
     float all = 0, mean_count = 0;
     if (sigmoid) {
       for (int e = lane; e < experts; e += kWarp) {
@@ -161,12 +217,9 @@ struct GateRule {
       dlogits[e] = balance_scale * (sigmoid ? (counts[e] - mean_count) / all : counts[e]);
     }
     sync_warp();
-    const bool relative = sigmoid || renormalize;
-    const float total = relative ? chosen_sum(p, topk) : 1;
-    float common = 0;
-    for (int j = 0; relative && j < top_k; ++j) common += dweights[j] * weights[j];
-    for (int j = lane; j < top_k; j += kWarp)
-      dlogits[topk[j]] += ((sigmoid ? scale : 1.0f) * dweights[j] - common) / total;
+    const float total = relative ? warp_sum(chooses ? p[choice.expert] : 0) : 1;
+    const float common = relative ? warp_sum(choice.dweight * choice.weight) : 0;
+    if (chooses) dlogits[choice.expert] += ((sigmoid ? scale : 1.0f) * choice.dweight - common) / total;
     sync_warp();
     float mean = 0;
     for (int e = lane; !sigmoid && e < experts; e += kWarp) mean += p[e] * dlogits[e];

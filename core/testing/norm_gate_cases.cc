@@ -310,6 +310,7 @@ void add_norm_gate(Cases& cases) {
        .experts = 72,
        .rule = sigmoid(6, 8, 3, 2.0),
        .bias = true},
+      {.name = "many_tiles", .n = 800, .d = 64, .experts = 8, .rule = softmax(2, true)},
       {.name = "no_norm_across_tiles",
        .n = 67,
        .d = 64,

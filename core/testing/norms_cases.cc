@@ -242,6 +242,9 @@ void add_norms(Cases& cases) {
   add_heads({"per_head_strided", 7, 2, 16, kPerHead, true, 0, 7, 32}, cases);
   add_heads({"per_head_no_rope", 9, 2, 6, kPerHead, false}, cases);
   add_heads({"per_head_generating", 2, 4, 32, kPerHead, true, 11, 1}, cases);
+  add_heads({"per_head_many_tokens", 150, 6, 64, kPerHead, true, 0, 50}, cases);
+  add_heads({"per_head_of_odd_halves", 70, 2, 70, kPerHead, true, 0, 35}, cases);
+  add_heads({"full_width_of_odd_halves", 21, 6, 70, kFull, true, 0, 7}, cases);
   add_heads({"full_width_rope", 8, 3, 10, kFull, true, 0, 4}, cases);
   add_heads({"full_width_strided", 5, 2, 16, kFull, true, 2, 5, 16}, cases);
   add_heads({"full_width_no_rope", 3, 5, 4, kFull, false}, cases);
