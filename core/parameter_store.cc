@@ -168,7 +168,7 @@ void ParameterStore::lay_out_owned(Bucket* bucket) {
 }
 
 void ParameterStore::initialise(std::uint64_t seed, Backend& backend) {
-  constexpr std::int64_t kValues = 1 << 20;
+  constexpr std::int64_t kValues = 1 << 18;
   const Buffer staging(backend, DType::F64, {kValues}, Where::Shared);
   const Buffer masters(backend, statistics_, {kValues});
   for (const Bucket& bucket : *buckets_) {
