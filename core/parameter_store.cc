@@ -15,16 +15,16 @@ namespace {
 constexpr std::int64_t kAlign = 64;
 std::int64_t round_up(std::int64_t value, std::int64_t step) { return (value + step - 1) / step * step; }
 
-// weight = values in its type; the remainders too where there are some.
-void round_masters(const Tensor& values, const Tensor& weight, const Tensor& remainder, Backend& backend,
+}  // namespace
+
+void round_masters(const Tensor& masters, const Tensor& weight, const Tensor& remainder, Backend& backend,
                    Stream* stream) {
-  if (weight.dtype == values.dtype) {
-    backend.copy(values, weight, stream);
+  if (weight.dtype == masters.dtype) {
+    backend.copy(masters, weight, stream);
   } else {
-    backend.split_master({.master = values, .weight = weight, .remainder = remainder}, stream);
+    backend.split_master({.master = masters, .weight = weight, .remainder = remainder}, stream);
   }
 }
-}  // namespace
 
 void ParameterStore::Bucket::get_masters(std::int64_t begin, const Tensor& values, Backend& backend,
                                          Stream* stream) const {

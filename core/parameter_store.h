@@ -48,6 +48,11 @@ struct ParameterSpec {
 // (core/master_weight.h): the same numbers in 2 bytes a parameter instead of 4.
 enum class OptimizerState { None, Masters, Remainders };
 
+// weight = masters in its type, the same or bf16 (then as SplitMaster rounds; the remainder too where one is
+// given). Queued.
+void round_masters(const Tensor& masters, const Tensor& weight, const Tensor& remainder, Backend& backend,
+                   Stream* stream);
+
 class ParameterStore {
  public:
   using Id = int;

@@ -36,12 +36,7 @@ void fill(Backend& backend, DType source, const Tensor& target, const Read& read
     const std::int64_t end = std::min(elements, begin + kLoadElements);
     const Tensor piece(buffer.data(), source, {end - begin});
     read(begin, piece);
-    // To bf16 as training rounds its masters.
-    if (source == DType::F32 && target.dtype == DType::BF16) {
-      backend.split_master({.master = piece, .weight = target.flat(begin, end)}, backend.main_stream());
-    } else {
-      backend.convert(piece, target.flat(begin, end), backend.main_stream());
-    }
+    round_masters(piece, target.flat(begin, end), {}, backend, backend.main_stream());
     backend.synchronize(backend.main_stream());
   }
 }

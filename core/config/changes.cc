@@ -28,7 +28,6 @@ constexpr const char* kFree[] = {
     "parallel.exchange",
     "parallel.exchange_overlap",
     "parallel.device_transport",
-    "optimizer.master_weights",
     "parallel.expected_load",
     "parallel.load_limit",
     "parallel.watchdog_seconds",
