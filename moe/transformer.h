@@ -99,6 +99,8 @@ class Transformer {
  private:
   Pass pass_of(const MicroBatch& batch) const;
   void forward(const Pass& pass, const Tensor& tokens);
+  // transformer_head.cc; rows: tokens that the head sees at once.
+  void plan_head(MemoryPlan& memory, std::int64_t rows);
   void head_partial(const Pass& pass, const MicroBatch& batch, std::int64_t begin, std::int64_t end,
                     HeadFinish* finish);
   void run_head(const Pass& pass, const MicroBatch& batch, double scale, bool gradient,

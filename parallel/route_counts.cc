@@ -5,8 +5,8 @@ namespace hybridmoe {
 namespace {
 
 // counts [ranks, 2 (1 + chunks)]: rows and slots of a rank in a chunk.
-struct Counts {
-  explicit Counts(const Tensor& counts)
+struct CountTable {
+  explicit CountTable(const Tensor& counts)
       : data(counts.ptr<std::int64_t>()), ranks(counts.rows()), chunks(counts.shape[1] / 2 - 1) {}
   std::int64_t rows(std::int64_t rank, std::int64_t chunk) const {
     return data[2 * (rank * (1 + chunks) + chunk)];
@@ -18,7 +18,7 @@ struct Counts {
   std::int64_t ranks, chunks;
 };
 
-void read_rows(const Counts& counts, std::vector<std::vector<std::int64_t>>* rows,
+void read_rows(const CountTable& counts, std::vector<std::vector<std::int64_t>>* rows,
                std::vector<std::int64_t>* begin) {
   rows->resize(counts.chunks);
   begin->assign(1, 0);
@@ -33,8 +33,8 @@ void read_rows(const Counts& counts, std::vector<std::vector<std::int64_t>>* row
 }  // namespace
 
 void RouteCounts::set(const Tensor& to, const Tensor& from) {
-  const Counts here(from);
-  read_rows(Counts(to), &send_rows_, &send_begin_);
+  const CountTable here(from);
+  read_rows(CountTable(to), &send_rows_, &send_begin_);
   read_rows(here, &recv_rows_, &recv_begin_);
   staying_ = 0;
   slots_.assign(1 + here.chunks, 0);

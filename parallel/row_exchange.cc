@@ -2,10 +2,10 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <utility>
 
 #include "parallel/dispatch_planner.h"
+#include "parallel/exchange_room.h"
 #include "parallel/relay_transport.h"
 #include "parallel/row_labels.h"
 
@@ -42,6 +42,7 @@ class AllToAllRowExchange : public RowExchange {
                .chunks = std::max(1, options.chunks)},
         options_(options),
         limiter_(backend, world_, experts, top_k, capacity),
+        room_(place_, options_, limiter_, world_),
         planner_(backend, place_),
         transport_(options.hierarchical && groups.relays != nullptr
                        ? make_relay_transport(group_, *groups.relays)
@@ -54,17 +55,10 @@ class AllToAllRowExchange : public RowExchange {
 
   int first_expert() const override { return place_.rank / place_.shards * place_.local_experts; }
   int local_experts() const override { return place_.local_experts; }
-  std::int64_t max_slots(std::int64_t n) const override {
-    return limited(n, place_.ranks * n * std::min(place_.top_k, place_.local_experts));
-  }
-  std::int64_t max_rows(std::int64_t n) const override { return limited(n, (place_.ranks - 1) * n); }
-  std::int64_t expected_slots(std::int64_t n) const override {
-    return std::min(max_slots(n), loads(options_.expected_load, balanced(n)));
-  }
-  std::int64_t expected_rows(std::int64_t n) const override {
-    const double remote = static_cast<double>(place_.ranks - 1) / place_.ranks;
-    return std::min(max_rows(n), loads(options_.expected_load * remote, balanced(n)));
-  }
+  std::int64_t max_slots(std::int64_t n) const override { return room_.max_slots(n); }
+  std::int64_t max_rows(std::int64_t n) const override { return room_.max_rows(n); }
+  std::int64_t expected_slots(std::int64_t n) const override { return room_.expected_slots(n); }
+  std::int64_t expected_rows(std::int64_t n) const override { return room_.expected_rows(n); }
 
   void declare(MemoryPlan& memory, Route* route, std::int64_t n, const std::string& name) override;
   void declare_shared(MemoryPlan& memory, std::int64_t n, std::int64_t d) override;
@@ -95,17 +89,6 @@ class AllToAllRowExchange : public RowExchange {
   };
   static Details& of(const Route& route) { return static_cast<Details&>(*route.details); }
 
-  std::int64_t balanced(std::int64_t n) const { return n * place_.top_k * place_.shards; }
-  static std::int64_t loads(double factor, std::int64_t balanced) {
-    return static_cast<std::int64_t>(std::ceil(factor * static_cast<double>(balanced)));
-  }
-  std::int64_t limited(std::int64_t n, std::int64_t possible) const {
-    if (limiter_.limits()) {
-      possible = std::min(possible, place_.local_experts * limiter_.room(n * world_.size()));
-    }
-    if (options_.load_limit > 0) possible = std::min(possible, loads(options_.load_limit, balanced(n)));
-    return possible;
-  }
   // Rows of a chunk to their experts, or back from there.
   RowMovement to_experts(const Route& route, int chunk, const Tensor& send, const Tensor& recv) const;
   RowMovement from_experts(const Route& route, int chunk, const Tensor& send, const Tensor& recv) const;
@@ -119,7 +102,6 @@ class AllToAllRowExchange : public RowExchange {
     event->wait();
     *event = Event();
   }
-  void require_room(const Details& details, const char* what, std::int64_t come, std::int64_t most) const;
   void take_memory(const Details& details, std::int64_t n, std::int64_t rows) const;
   void cut_chunk(Route* route, int number, std::int64_t begin, std::int64_t end) const;
   void cut_chunks(Route* route) const;
@@ -132,6 +114,7 @@ class AllToAllRowExchange : public RowExchange {
   ExchangePlace place_;
   ExchangeOptions options_;
   CapacityLimiter limiter_;
+  ExchangeRoom room_;
   DispatchPlanner planner_;
   MemoryPlan* memory_ = nullptr;  // in which all of it is planned
   std::unique_ptr<RowTransport> transport_;
@@ -179,14 +162,6 @@ void AllToAllRowExchange::declare_shared(MemoryPlan& memory, std::int64_t n, std
       {.n = n, .d = d, .compute = C, .statistics = S, .expected_load = options_.expected_load});
 }
 
-void AllToAllRowExchange::require_room(const Details& details, const char* what, std::int64_t come,
-                                       std::int64_t most) const {
-  require(come <= most, details.name, ": rank ", world_.rank(), " is sent ", come, " ", what,
-          ", and its memory may grow to ", most,
-          "; raise parallel.load_limit (0: whatever can come), or balance the router (moe.balance_loss, "
-          "moe.capacity_factor)");
-}
-
 // For what comes beside the tokens' own choices, before anything is queued that touches it.
 void AllToAllRowExchange::take_memory(const Details& details, std::int64_t n, std::int64_t rows) const {
   for (const Tensor* by_row : {&details.weights, &inbox_, &in_scalars_, &arrived_choices_})
@@ -214,8 +189,8 @@ void AllToAllRowExchange::plan(const Tensor& topk, const Tensor& weights, Route*
   planner_.finish_counts(&details.counts);
   route->rows = details.counts.received();
   route->slots = details.counts.slots();
-  require_room(details, "rows", route->rows, max_rows(n));
-  require_room(details, "slots", route->slots, max_slots(n));
+  room_.check(details.name, "rows", route->rows, max_rows(n));
+  room_.check(details.name, "slots", route->slots, max_slots(n));
   take_memory(details, n, route->rows);
   cut_chunks(route);
   exchange_choices(*route, stream);
