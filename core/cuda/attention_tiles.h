@@ -31,18 +31,8 @@ struct HeadTile {
   }
   // The tile from a row on that 8 divides.
   HYBRIDMOE_DEVICE HeadTile from(int row) const { return {data + row * D}; }
-  // Starts copies of rows first .. first + rows; those from `end` on become zero.
-  template <int kThreads>
-  HYBRIDMOE_DEVICE void start(const Rows<const BFloat16>& from, std::int64_t base, std::int64_t first,
-                              std::int64_t end, int column, int rows) const {
-    for (int i = thread_index(); i < rows * kChunks; i += kThreads) {
-      const int row = i / kChunks, chunk = i % kChunks;
-      const bool inside = first + row < end;
-      start_copy(at(row, chunk), inside ? from[base + first + row] + column + chunk * kChunk : nullptr);
-    }
-  }
-  // The same with kRows rows from row `first`: a thread copies one column, so that little changes from one
-  // copy to the next.
+  // Starts copies of rows first .. first + kRows; those from `end` on become zero. A thread copies one
+  // column, so that little changes from one copy to the next.
   template <int kRows, int kThreads>
   HYBRIDMOE_DEVICE void start_rows(const Rows<const BFloat16>& matrix, int first, int end, int column) const {
     constexpr int kStep = kThreads / kChunks;  // rows that the threads have at once

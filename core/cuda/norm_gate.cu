@@ -6,7 +6,6 @@
 #include "core/cuda/norm_gate_tiles_backward.h"
 #include "core/cuda/partials.h"
 #include "core/cuda/residual_row.h"
-#include "core/cuda/router_row.h"
 
 namespace hybridmoe::cuda {
 namespace {
@@ -60,21 +59,11 @@ HYBRIDMOE_DEVICE void router_logits(const Vector<C, W>* y, const Rows<const C>& 
 }
 
 template <class C, int W>
-struct NormGateForwardKernel {
+struct NormGateForwardKernel : GateForwardCall<C> {
   static constexpr int kThreads = 256;
-  Rows<const C> x, branch;
-  const C* gain;
-  Rows<const C> router;
-  GateRule rule;
-  Rows<C> sum, y;
-  float* rstd;
-  Rows<float> probs;
-  float* lse;
-  Rows<std::int32_t> topk;
-  Rows<float> weights;
-  double* partial;  // [blocks, 2 E + GateSums::kExtra]; null: no statistics
-  std::int64_t n, d;
-  float eps;
+  using Call = GateForwardCall<C>;
+  using Call::x, Call::branch, Call::gain, Call::router, Call::rule, Call::sum, Call::y, Call::rstd,
+      Call::probs, Call::lse, Call::topk, Call::weights, Call::partial, Call::n, Call::d, Call::eps;
 
   HYBRIDMOE_DEVICE void operator()() const {
     const int experts = rule.experts;
@@ -116,32 +105,19 @@ struct NormGateForwardKernel {
 };
 
 template <class C, int W>
-struct NormGateBackwardKernel {
+struct NormGateBackwardKernel : GateBackwardCall<C> {
   static constexpr int kThreads = 256;
-  Rows<const C> y, sum;  // y is needed by sigmoid scores only
-  const C* gain;
-  Rows<const C> router;
-  GateRule rule;
-  const float* rstd;
-  Rows<const float> probs;
-  const float* lse;
-  Rows<const std::int32_t> topk;
-  Rows<const float> weights, dweights;
-  const double* counts;
-  float balance_scale, z_scale;
-  Rows<const C> dy, skip;
-  Rows<float> dlogits;
-  C* dlogits_rounded;  // [n, E]
-  Rows<C> dsum;
-  float* partial;  // [blocks, d], with a gain
-  std::int64_t n, d;
+  using Call = GateBackwardCall<C>;
+  using Call::y, Call::sum, Call::gain, Call::router, Call::rule, Call::rstd, Call::probs, Call::lse,
+      Call::topk, Call::weights, Call::dweights, Call::counts, Call::balance_scale, Call::z_scale, Call::dy,
+      Call::skip, Call::dlogits, Call::dlogits_rounded, Call::dsum, Call::partial, Call::n, Call::d;
 
   HYBRIDMOE_DEVICE void operator()() const {
     const int experts = rule.experts;
     auto* row = shared_memory<Vector<C, W>>();
     auto* upstream = after<float>(row, d / W);
     float* dgain = upstream + d;
-    float *logits = dgain + d, *p = logits + experts, *dl = p + experts, *loads = dl + experts;
+    float *of_row = dgain + d, *p = of_row + experts, *dl = p + experts, *loads = dl + experts;
     float* scratch = loads + experts;
     for (int e = thread_index(); e < experts; e += block_threads()) loads[e] = static_cast<float>(counts[e]);
     // Element j of vector i lies at j * d / W + i: neighbouring threads use neighbouring banks.
@@ -153,12 +129,12 @@ struct NormGateBackwardKernel {
         for (std::int64_t i = thread_index(); i < columns; i += block_threads())
           row[i] = load<C, W>(y[t] + i * W);
         sync_block();
-        router_logits<C, W>(row, router, d, experts, logits);
+        router_logits<C, W>(row, router, d, experts, of_row);
       }
       if (thread_index() < kWarp) {
         for (int e = thread_index(); e < experts; e += kWarp) p[e] = probs[t][e];
         sync_warp();
-        rule.backward(p, logits, rule.choice_of(topk[t], weights[t], dweights[t]), lse[t], loads,
+        rule.backward(p, of_row, rule.choice_of(topk[t], weights[t], dweights[t]), lse[t], loads,
                       balance_scale, z_scale, dl);
         for (int e = thread_index(); e < experts; e += kWarp) {
           dlogits[t][e] = dl[e];
@@ -251,30 +227,22 @@ void CudaBackend::norm_gate_forward(const NormGateForward& op, Stream* stream) {
   const bool in_tiles = with_gate_tiles(compute_type_, vectors, d, experts, [&]<int E>(Constant<E>) {
     using Kernel = GateTilesForward<E>;
     allocate();
-    launch(Kernel{Rows<const BFloat16>(op.x), Rows<const BFloat16>(op.branch),
-                  elements<const BFloat16>(op.gain), Rows<const BFloat16>(op.router), rule,
-                  Rows<BFloat16>(op.sum), Rows<BFloat16>(op.y), elements<float>(op.rstd),
-                  Rows<float>(op.probs), elements<float>(op.lse), Rows<std::int32_t>(op.topk),
-                  Rows<float>(op.weights), partial, n, d, static_cast<float>(op.eps)},
+    launch(Kernel{{op, rule, partial}},
            {.x = blocks, .threads = Kernel::kThreads, .shared_bytes = Kernel::shared_bytes(rule.experts)},
            stream);
   });
   if (!in_tiles) {
     blocks = row_parts(n, 4);
     allocate();
-  }
-  if (!in_tiles)
     with_vectors(compute_type_, vectors, [&]<class C, int W>(C, Constant<W>) {
       using Kernel = NormGateForwardKernel<C, W>;
-      launch(Kernel{Rows<const C>(op.x), Rows<const C>(op.branch), elements<const C>(op.gain),
-                    Rows<const C>(op.router), rule, Rows<C>(op.sum), Rows<C>(op.y), elements<float>(op.rstd),
-                    Rows<float>(op.probs), elements<float>(op.lse), Rows<std::int32_t>(op.topk),
-                    Rows<float>(op.weights), partial, n, d, static_cast<float>(op.eps)},
+      launch(Kernel{{op, rule, partial}},
              {.x = blocks,
               .threads = Kernel::kThreads,
               .shared_bytes = GateMemory<C, W>::bytes(d, static_cast<int>(experts))},
              stream);
     });
+  }
   if (!statistics) return;
   launch(
       JoinGateSums{partial, blocks, rule.experts, elements<double>(op.counts), elements<double>(op.prob_sum),
@@ -305,61 +273,20 @@ void CudaBackend::norm_gate_backward(const NormGateBackward& op, Stream* stream)
   // From host memory once, not by every block.
   const Tensor counts(partial + partial_words + 2 * logit_words, DType::F64, {experts}, device());
   copy(op.balance_counts, counts, stream);
+  const GateBackwardMemory memory{counts, logits, dlogits, partial};
   const bool in_tiles = with_gate_tiles(compute_type_, vectors, d, experts, [&]<int E>(Constant<E>) {
     using Kernel = GateTilesBackward<E>;
     blocks = std::min(blocks, divide_up(n, kGateTokens));
     // A sigmoid loses what its logit was near 1.
     if (sigmoid) linear_forward({.x = y, .weight = f.router, .y = logits}, stream);
-    launch(Kernel{Rows<const BFloat16>(sum),
-                  elements<const BFloat16>(f.gain),
-                  Rows<const BFloat16>(f.router),
-                  rule,
-                  elements<const float>(f.rstd),
-                  Rows<const float>(logits),
-                  Rows<const float>(f.probs),
-                  elements<const float>(f.lse),
-                  Rows<const std::int32_t>(f.topk),
-                  Rows<const float>(f.weights),
-                  Rows<const float>(op.dweights),
-                  elements<const double>(counts),
-                  static_cast<float>(op.balance_scale),
-                  static_cast<float>(op.z_scale),
-                  Rows<const BFloat16>(op.dy),
-                  Rows<const BFloat16>(op.skip),
-                  Rows<float>(op.dlogits),
-                  dlogits.ptr<BFloat16>(),
-                  Rows<BFloat16>(op.dsum),
-                  partial,
-                  n,
-                  d},
+    launch(Kernel{{op, y, sum, rule, memory}},
            {.x = blocks, .threads = Kernel::kThreads, .shared_bytes = Kernel::shared_bytes(d, rule.experts)},
            stream);
   });
   if (!in_tiles)
     with_vectors(compute_type_, vectors, [&]<class C, int W>(C, Constant<W>) {
       using Kernel = NormGateBackwardKernel<C, W>;
-      launch(Kernel{Rows<const C>(y),
-                    Rows<const C>(sum),
-                    elements<const C>(f.gain),
-                    Rows<const C>(f.router),
-                    rule,
-                    elements<const float>(f.rstd),
-                    Rows<const float>(f.probs),
-                    elements<const float>(f.lse),
-                    Rows<const std::int32_t>(f.topk),
-                    Rows<const float>(f.weights),
-                    Rows<const float>(op.dweights),
-                    elements<const double>(counts),
-                    static_cast<float>(op.balance_scale),
-                    static_cast<float>(op.z_scale),
-                    Rows<const C>(op.dy),
-                    Rows<const C>(op.skip),
-                    Rows<float>(op.dlogits),
-                    dlogits.ptr<C>(),
-                    Rows<C>(op.dsum),
-                    partial,
-                    n,
-                    d},
+      launch(Kernel{{op, y, sum, rule, memory}},
              {.x = blocks,
               .threads = Kernel::kThreads,
               .shared_bytes = shared_bytes_of<C>(d) + (2 * d + 4 * experts) * sizeof(float) + kScratchBytes},

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "core/cuda/attention_tiles.h"
-#include "core/cuda/router_row.h"
+#include "core/cuda/norm_gate_call.h"
 
 namespace hybridmoe::cuda {
 
@@ -43,22 +43,9 @@ struct GateWeights {
 };
 
 template <int kExperts>
-struct GateTilesForward {
+struct GateTilesForward : GateForwardCall<BFloat16> {
   static constexpr int kThreads = kGateWarps * kWarp;
   static constexpr int kBlocksPerProcessor = 2;
-  Rows<const BFloat16> x, branch;
-  const BFloat16* gain;
-  Rows<const BFloat16> router;
-  GateRule rule;
-  Rows<BFloat16> sum, y;
-  float* rstd;
-  Rows<float> probs;
-  float* lse;
-  Rows<std::int32_t> topk;
-  Rows<float> weights;
-  double* partial;  // as NormGateForwardKernel's
-  std::int64_t n, d;
-  float eps;
 
   static std::size_t shared_bytes(int experts) {
     return kGateWarps * GateSums::kExtra * sizeof(double) + kGateTokens * kGateChunk * sizeof(BFloat16) +

@@ -8,27 +8,9 @@
 namespace hybridmoe::cuda {
 
 template <int kExperts>
-struct GateTilesBackward {
+struct GateTilesBackward : GateBackwardCall<BFloat16> {
   static constexpr int kThreads = kGateWarps * kWarp;
   static constexpr int kBlocksPerProcessor = 2;
-  Rows<const BFloat16> sum;
-  const BFloat16* gain;
-  Rows<const BFloat16> router;
-  GateRule rule;
-  const float* rstd;
-  Rows<const float> logits;  // of sigmoid scores
-  Rows<const float> probs;
-  const float* lse;
-  Rows<const std::int32_t> topk;
-  Rows<const float> weights, dweights;
-  const double* counts;
-  float balance_scale, z_scale;
-  Rows<const BFloat16> dy, skip;
-  Rows<float> dlogits;
-  BFloat16* dlogits_rounded;  // [n, E]
-  Rows<BFloat16> dsum;
-  float* partial;  // [blocks, d], with a gain
-  std::int64_t n, d;
 
   static constexpr int kProductStride = kGateChunk + 4;  // of the product's rows: no two in the same banks
 

@@ -7,6 +7,10 @@
 #include "core/testing/checks.h"
 #include "tests/core/operator_cases.h"
 
+#if HYBRIDMOE_WITH_CUDNN
+#include "core/cuda/cudnn_library.h"
+#endif
+
 namespace hybridmoe::testing {
 namespace {
 
@@ -75,13 +79,19 @@ TEST_P(RemaindersOnDevice, ChangeNoBit) {
   EXPECT_EQ(lines(check_remainders(*backend)), "");
 }
 
+#if HYBRIDMOE_WITH_CUDNN
 // Attention with cuDNN chosen: the sequences that it has plans for, and the fallback for the others.
 class OnDeviceCudnn : public ::testing::TestWithParam<OperatorCase> {};
 
 TEST_P(OnDeviceCudnn, BFloat16) {
+  try {
+    cuda::CudnnLibrary::of_process();
+  } catch (const Error& missing) {
+    GTEST_SKIP() << missing.what();
+  }
   static const auto backend =
       make_device_backend({.compute_type = DType::BF16, .attention = AttentionKernels::Cudnn});
-  if (backend == nullptr) GTEST_SKIP() << "cuDNN cannot be used: the reason is printed above";
+  ASSERT_NE(backend, nullptr) << "the library is there and cannot be used: the reason is printed above";
   EXPECT_EQ(mistakes_of(GetParam(), *backend), "");
 }
 
@@ -90,6 +100,10 @@ std::vector<OperatorCase> device_attention_cases() {
   std::erase_if(cases, [](const OperatorCase& c) { return c.name.rfind("attention_", 0) != 0; });
   return cases;
 }
+
+GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(OnDeviceCudnn);
+INSTANTIATE_TEST_SUITE_P(Cuda, OnDeviceCudnn, ::testing::ValuesIn(device_attention_cases()), parameter_name);
+#endif
 
 // What cuDNN has no kernels for is refused when it is chosen.
 class OnDeviceChoice : public ::testing::TestWithParam<DType> {};
@@ -107,9 +121,6 @@ GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(RemaindersOnDevice);
 INSTANTIATE_TEST_SUITE_P(Cuda, RemaindersOnDevice, ::testing::ValuesIn(on_device(DType::BF16)));
 GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(OnDeviceChoice);
 INSTANTIATE_TEST_SUITE_P(Cuda, OnDeviceChoice, ::testing::ValuesIn(on_device(DType::F32)));
-GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(OnDeviceCudnn);
-INSTANTIATE_TEST_SUITE_P(Cuda, OnDeviceCudnn, ::testing::ValuesIn(device_attention_cases()), parameter_name);
-
 GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(OnDevice);
 INSTANTIATE_TEST_SUITE_P(Cuda, OnDevice, ::testing::ValuesIn(device_cases()), parameter_name);
 
